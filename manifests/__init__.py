@@ -1,0 +1,1 @@
+"""Corpora to NeMo JSON manifests. Imports none of the project's other packages, nor torch nor NeMo."""

@@ -1,0 +1,210 @@
+"""Refuses a configuration that cannot train, at the start and in one line that names the key.
+
+`compose` needs only Hydra and answers within a second, before NeMo is imported. `check_against_code` compares the
+sections with the signatures of what they build: a key that nothing reads is a setting that does nothing.
+"""
+
+from __future__ import annotations
+
+import difflib
+import inspect
+from pathlib import Path
+
+from omegaconf import DictConfig, OmegaConf
+
+ROOT = Path(__file__).resolve().parent.parent
+CONF = ROOT / "conf"
+# Set by train.py itself after the check.
+COMPUTED = {"model.train_ds.batch_duration", "model.optim.sched.warmup_steps", "model.optim.sched.min_lr"}
+
+OmegaConf.register_new_resolver("len", lambda items: len(items), replace=True)
+
+
+class ConfigError(ValueError):
+    """A configuration that cannot train. The message is one line."""
+
+
+def recipes() -> list[str]:
+    """Names of the recipes: the YAML files at the top of conf/ but what they share."""
+    return sorted(path.stem for path in CONF.glob("*.yaml") if path.stem != "base")
+
+
+def suggest(name: str, valid) -> str:
+    """', did you mean X?' for the nearest valid name, else the list of all."""
+    valid = sorted(map(str, valid))
+    near = difflib.get_close_matches(name, valid, n=1, cutoff=0.5)
+    return f"; did you mean {near[0]}?" if near else f"; valid: {', '.join(valid)}"
+
+
+def compose(config_name: str, overrides: list[str]) -> DictConfig:
+    """The recipe with its overrides, resolved groups and all, checked as far as the YAML alone allows.
+
+    Raises ConfigError for an unknown recipe, group option or key, a missing value or a pair that cannot be.
+    """
+    from hydra import compose as hydra_compose
+    from hydra import initialize_config_dir
+    from hydra.core.override_parser.overrides_parser import OverridesParser
+    from hydra.errors import HydraException
+
+    name = config_name.removesuffix(".yaml")
+    if name not in recipes():
+        raise ConfigError(f"no recipe {name!r} in conf{suggest(name, recipes())}")
+    with initialize_config_dir(config_dir=str(CONF), version_base="1.2"):
+        try:
+            parsed = OverridesParser.create().parse_overrides(overrides)
+        except HydraException as error:
+            raise ConfigError(f"override cannot be read: {_first_line(error)}") from None
+        groups = {path.name for path in CONF.iterdir() if path.is_dir()}
+        for override in parsed:
+            key = override.key_or_group
+            if key in groups:
+                options = [path.stem for path in (CONF / key).glob("*.yaml")]
+                values = override.value() if isinstance(override.value(), list) else [override.value()]
+                for value in values:
+                    if value not in options:
+                        raise ConfigError(f"no option {value!r} in {key}{suggest(str(value), options)}")
+        by_key = [o for o in parsed if o.key_or_group not in groups and o.key_or_group != "logger@exp_manager"]
+        chosen = [o.input_line for o in parsed if o not in by_key]
+        base = hydra_compose(name, overrides=[_logger_alias(line) for line in chosen])
+        for override in by_key:
+            if not (override.is_add() or override.is_force_add() or override.key_or_group.startswith("hydra")):
+                _check_key(base, override.key_or_group)
+        try:
+            cfg = hydra_compose(name, overrides=[_logger_alias(line) for line in overrides])
+        except HydraException as error:
+            raise ConfigError(_first_line(error)) from None
+    check(cfg)
+    return cfg
+
+
+def _logger_alias(line: str) -> str:
+    """`logger=wandb` is what a user types; the group lives inside exp_manager."""
+    return line.replace("logger=", "logger@exp_manager=", 1) if line.startswith("logger=") else line
+
+
+def hydra_arguments(arguments: list[str]) -> list[str]:
+    return [_logger_alias(argument) for argument in arguments]
+
+
+def _first_line(error: Exception) -> str:
+    return " ".join(line.strip() for line in str(error).splitlines() if line.strip())
+
+
+def _check_key(cfg: DictConfig, key: str) -> None:
+    node, walked = cfg, []
+    for part in key.split("."):
+        if not isinstance(node, DictConfig):
+            return  # inside a list or a value that a later section check looks at
+        if part not in node:
+            path = ".".join([*walked, part])
+            prefix = ".".join([*walked, ""])
+            raise ConfigError(
+                f"unknown key {path}{suggest(path, [prefix + str(k) for k in node])}"
+                f" (to add it all the same: +{key}=...)"
+            )
+        walked.append(part)
+        if OmegaConf.is_missing(node, part):
+            return
+        node = node[part]
+
+
+def check(cfg: DictConfig) -> None:
+    """Missing values and impossible pairs. Raises ConfigError."""
+    missing = sorted(key for key in OmegaConf.missing_keys(cfg) if key not in COMPUTED)
+    if missing:
+        raise ConfigError(f"missing mandatory value: {missing[0]}; give it as {missing[0]}=VALUE")
+    trainer, train = cfg.trainer, cfg.model.train_ds
+    cpu = trainer.accelerator == "cpu"
+    lhotse = bool(train.get("use_lhotse"))
+    shards = bool(train.get("tarred_audio_filepaths") or train.get("shar_path"))
+    many = trainer.num_nodes > 1 or (isinstance(trainer.devices, int) and trainer.devices > 1)
+    rules = [
+        (trainer.sync_batchnorm and cpu,
+         "trainer.sync_batchnorm=true needs GPUs; set trainer.sync_batchnorm=false with trainer.accelerator=cpu"),
+        (trainer.use_distributed_sampler and lhotse,
+         "trainer.use_distributed_sampler=true fights with lhotse, which shards the data itself; "
+         "set trainer.use_distributed_sampler=false"),
+        (shards and trainer.max_steps < 1,
+         "shards are an endless stream: set trainer.max_steps, now "
+         f"{trainer.max_steps}, and an integer trainer.val_check_interval"),
+        (cpu and str(trainer.precision) in {"16", "16-mixed", "16-true", "bf16-true"},
+         f"trainer.precision={trainer.precision} does not train on a CPU; use 32 or bf16-mixed"),
+        (many and trainer.strategy == "auto" and cpu,
+         f"trainer.devices={trainer.devices} on the CPU needs trainer=ddp (with trainer.accelerator=cpu)"),
+        (not 0 <= cfg.training.warmup_share < 1,
+         f"training.warmup_share={cfg.training.warmup_share} must be from 0 up to below 1: it is a share of the steps"),
+        (not cfg.training.global_batch_seconds > 0,
+         f"training.global_batch_seconds={cfg.training.global_batch_seconds} must be positive"),
+        (not cfg.model.optim.lr > 0, f"model.optim.lr={cfg.model.optim.lr} must be positive: nothing would be learned"),
+        (not cfg.training.epochs > 0, f"training.epochs={cfg.training.epochs} must be positive"),
+    ]
+    for broken, message in rules:
+        if broken:
+            raise ConfigError(message)
+    for key in ("train_ds", "validation_ds"):
+        paths = cfg.model[key].get("manifest_filepath")
+        for path in [paths] if isinstance(paths, str) else paths or []:
+            if isinstance(path, str) and not Path(path).is_file():
+                raise ConfigError(
+                    f"model.{key}.manifest_filepath: no file {path}; "
+                    f"`./run.sh --corpus {cfg.corpus.name} --stop-stage 1` makes it"
+                )
+
+
+def check_against_code(cfg: DictConfig) -> None:
+    """Every key of a section that builds something must be an argument of what it builds. Raises ConfigError.
+
+    Imports NeMo.
+    """
+    import hydra.utils
+    from lightning.pytorch import Trainer
+    from nemo.collections.common.data.lhotse.dataloader import LhotseDataLoadingConfig
+    from nemo.core.config.schedulers import SchedulerParams
+    from nemo.core.optim.lr_scheduler import AVAILABLE_SCHEDULERS
+    from nemo.core.optim.optimizers import AVAILABLE_OPTIMIZERS
+    from nemo.utils.exp_manager import CallbackParams, ExpManagerConfig
+
+    def compare(section: str, keys, valid) -> None:
+        for key in keys:
+            if str(key) not in valid:
+                raise ConfigError(f"unknown key {section}.{key}{suggest(str(key), valid)}")
+
+    compare("trainer", cfg.trainer, _arguments(Trainer))
+    compare("exp_manager", cfg.exp_manager, ExpManagerConfig.__dataclass_fields__)
+    compare("exp_manager.checkpoint_callback_params", cfg.exp_manager.checkpoint_callback_params,
+            CallbackParams.__dataclass_fields__)
+    if cfg.model.train_ds.get("use_lhotse"):
+        compare("model.train_ds", cfg.model.train_ds, {*LhotseDataLoadingConfig.__dataclass_fields__, "use_lhotse"})
+    for section in ("preprocessor", "spec_augment", "encoder", "decoder"):
+        node = cfg.model.get(section)
+        if node is None or "_target_" not in node:
+            continue
+        try:
+            built = hydra.utils.get_class(node["_target_"])
+        except Exception as error:
+            raise ConfigError(f"model.{section}._target_={node['_target_']}: {_first_line(error)}") from None
+        compare(f"model.{section}", [k for k in node if k != "_target_"], _arguments(built))
+    optim = cfg.model.optim
+    if optim.name not in AVAILABLE_OPTIMIZERS:
+        raise ConfigError(f"model.optim.name={optim.name}{suggest(optim.name, AVAILABLE_OPTIMIZERS)}")
+    compare("model.optim", [k for k in optim if k not in ("name", "sched")],
+            _arguments(AVAILABLE_OPTIMIZERS[optim.name]))
+    if optim.get("sched"):
+        if optim.sched.name not in AVAILABLE_SCHEDULERS:
+            raise ConfigError(f"model.optim.sched.name={optim.sched.name}{suggest(optim.sched.name, AVAILABLE_SCHEDULERS)}")
+        scheduler = AVAILABLE_SCHEDULERS[optim.sched.name]
+        generic = set(SchedulerParams.__dataclass_fields__) | {"monitor", "reduce_on_plateau", "iters_per_batch"}
+        compare("model.optim.sched", [k for k in optim.sched if k != "name"], _arguments(scheduler) | generic)
+
+
+def _arguments(built) -> set[str]:
+    """Names a class takes, with those that it hands on to its bases through **kwargs."""
+    names: set[str] = set()
+    for base in built.__mro__:
+        if "__init__" not in vars(base) or base is object:
+            continue
+        parameters = inspect.signature(base.__init__).parameters
+        names |= {name for name in parameters if name not in ("self", "args", "kwargs")}
+        if not any(p.kind is p.VAR_KEYWORD for p in parameters.values()):
+            break
+    return names

@@ -1,0 +1,277 @@
+"""The NeMo model classes of all recipes: CTC over characters and CTC over sentencepiece tokens.
+
+What they add to NeMo's EncDecCTCModel and EncDecCTCModelBPE:
+- utterances whose CTC loss is infinite are counted and named, never silently zeroed;
+- a batch whose loss or gradient is not finite is named, skipped by all devices together, leaves parameters
+  and BatchNorm statistics as they were, and stops the run when that goes on;
+- each step leaves its numbers (loss a character, blank rate, gradient norm, seconds of audio) in `step_stats`;
+- validation sums errors over the corpus, on batches of which each utterance is in exactly one.
+
+Shapes: B batch, T samples or frames, S targets, V labels (blank is index V).
+"""
+
+from __future__ import annotations
+
+import copy
+from dataclasses import dataclass, field
+
+import torch
+from nemo.collections.asr.models import EncDecCTCModel, EncDecCTCModelBPE
+from nemo.core.classes.mixins import AccessMixin
+from nemo.utils import logging
+from omegaconf import DictConfig, OmegaConf, open_dict
+from torch import Tensor
+
+from recipes.ctc_loss import CTCLoss
+from recipes.data import CharEncoder, ResumableLoader, lhotse_loader, manifest_loader, read_rows
+from recipes.lengths import valid_mask
+from recipes.metrics import ErrorCounts, count_errors
+
+
+class TrainingDiverged(RuntimeError):
+    """Too many non-finite batches in a row: going on would only burn time."""
+
+
+@dataclass
+class StepStats:
+    """Numbers of the latest training step; floats, or tensors not yet fetched from the device."""
+
+    loss: Tensor | float = float("nan")
+    loss_per_char: Tensor | float = float("nan")
+    blank_rate: Tensor | float = float("nan")
+    grad_norm: Tensor | float = float("nan")
+    audio_seconds: Tensor | float = 0.0
+    utterances: list[str] = field(default_factory=list)
+
+
+class _RecipeModel:
+    """What both classes share; comes before NeMo's class in the order of resolution."""
+
+    max_bad_batches = 10  # in a row
+
+    def __init__(self, cfg: DictConfig, trainer=None):
+        # NeMo would set up data inside its constructor, before the encoder and our own state exist.
+        cfg = copy.deepcopy(cfg)
+        for key in ("train_ds", "validation_ds"):
+            if cfg.get(key) is not None:
+                with open_dict(cfg):
+                    cfg[key].defer_setup = True
+        super().__init__(cfg=cfg, trainer=trainer)
+        self._use_our_loss()
+        self.step_stats = StepStats()
+        self.infeasible_seen: set[str] = set()
+        self._bad_in_a_row = 0
+        self._bad_step = False
+        self.end_requested = lambda: False  # monitor.SaveLast puts the SIGTERM flag here
+        self.end_agreed = False
+        self._validation: list[dict] = []
+
+    def _use_our_loss(self) -> None:
+        self.loss = CTCLoss(
+            self.decoder.num_classes_with_blank - 1, self._cfg.get("ctc_reduction", "mean_volume")
+        )
+
+    def change_vocabulary(self, *args, **kwargs):
+        super().change_vocabulary(*args, **kwargs)
+        self._use_our_loss()  # NeMo has put its own back
+
+    # ---- data ----------------------------------------------------------------------------------------------
+
+    def text_encoder(self):
+        """Callable from a normalised text to a list of targets."""
+        raise TypeError("use CTCModel or CTCModelBPE")
+
+    def _setup_dataloader_from_config(self, config):
+        if not config.get("use_lhotse") or config.get("do_transcribe"):
+            return super()._setup_dataloader_from_config(config)  # NeMo's own ways in stay open
+        return lhotse_loader(config, self.text_encoder(), self.global_rank, self.world_size)
+
+    def setup_multiple_validation_data(self, val_data_config):
+        self.setup_validation_data(val_data_config)  # several manifests are one validation set here
+
+    def setup_validation_data(self, val_data_config):
+        """`manifest_filepath` (one or a list), `batch_seconds`, `num_workers`."""
+        self._update_dataset_config(dataset_name="validation", config=val_data_config)
+        self._validation_rows = read_rows(
+            OmegaConf.to_container(val_data_config, resolve=True)["manifest_filepath"]
+            if isinstance(val_data_config, DictConfig)
+            else val_data_config["manifest_filepath"]
+        )
+        self._validation_dl = manifest_loader(
+            self._validation_rows,
+            self.preprocessor._sample_rate,
+            self.text_encoder(),
+            batch_seconds=val_data_config.get("batch_seconds", 240.0),
+            num_workers=val_data_config.get("num_workers", 0),
+            rank=self.global_rank,
+            world_size=self.world_size,
+        )
+
+    # ---- training ------------------------------------------------------------------------------------------
+
+    def training_step(self, batch, batch_idx):
+        audio_BT, audio_lengths, targets_BS, target_lengths, ids = batch
+        self._remember_running_statistics()
+        intermediate = self.is_interctc_enabled()
+        if intermediate:
+            AccessMixin.set_access_enabled(access_enabled=True, guid=self.model_guid)
+        log_probs, lengths, symbols_BT = self.forward(input_signal=audio_BT, input_signal_length=audio_lengths)
+        loss = self.loss(log_probs, targets_BS, lengths, target_lengths)
+        infeasible = self.loss.infeasible
+        if intermediate:
+            loss, _ = self.add_interctc_losses(loss, targets_BS, target_lengths, compute_wer=False)
+            AccessMixin.reset_registry(self)
+
+        finite = torch.isfinite(loss.detach())
+        self._report_infeasible(infeasible, targets_BS, target_lengths, lengths, ids)
+        self._bad_step, self.end_agreed = self._any_device(~finite, self.end_requested())
+        if self._bad_step:
+            self._skip_batch("loss", float(loss.detach()), ids, audio_BT)
+            loss = sum(p.sum() for p in self.parameters() if p.requires_grad) * 0.0
+
+        with torch.no_grad():
+            valid = valid_mask(lengths, symbols_BT.shape[1])
+            blanks = ((symbols_BT == self.loss.blank) & valid).sum() / valid.sum().clamp(min=1)
+            scale = 1.0 if self.loss.reduction == "mean_volume" else len(ids) / target_lengths.sum().clamp(min=1)
+            self.step_stats = StepStats(
+                loss=loss.detach(),
+                loss_per_char=loss.detach() * scale,
+                blank_rate=blanks,
+                audio_seconds=audio_lengths.sum() / self.preprocessor._sample_rate,
+                utterances=ids,
+            )
+        if isinstance(self._train_dl, ResumableLoader):
+            self._train_dl.mark_trained()
+        self.log_dict(
+            {
+                "train_loss": self.step_stats.loss_per_char,
+                "blank_rate": blanks,
+                "learning_rate": self._optimizer.param_groups[0]["lr"],
+                "infeasible_utterances": float(len(self.infeasible_seen)),
+            },
+            batch_size=len(ids),
+        )
+        return {"loss": loss}
+
+    def on_before_optimizer_step(self, optimizer):
+        """Gradient norm before clipping; a step that is not finite is left out on every device alike."""
+        gradients = [p.grad for p in self.parameters() if p.grad is not None]
+        norm = torch.nn.utils.get_total_norm(gradients) if gradients else torch.zeros(())
+        self.step_stats.grad_norm = norm
+        if not self._bad_step and not bool(torch.isfinite(norm)):
+            self._bad_step = True
+            self._skip_batch("gradient norm", float(norm), self.step_stats.utterances, None)
+        if self._bad_step:
+            optimizer.zero_grad(set_to_none=True)  # the optimizer passes over parameters without gradient
+            self._restore_running_statistics()
+        else:
+            self._bad_in_a_row = 0
+        self.log("grad_norm", norm)
+
+    def _any_device(self, bad: Tensor, end: bool) -> tuple[bool, bool]:
+        """The two flags, each true where it is on any device: one small exchange a step."""
+        if self.world_size > 1 and torch.distributed.is_initialized():
+            flags = torch.stack([bad.float(), torch.full_like(bad, end, dtype=torch.float32)])
+            torch.distributed.all_reduce(flags, op=torch.distributed.ReduceOp.MAX)
+            bad, end = flags.bool().tolist()
+        return bool(bad), bool(end)
+
+    def _skip_batch(self, what: str, value: float, ids: list[str], audio_BT: Tensor | None) -> None:
+        self._bad_in_a_row += 1
+        source = ""
+        if audio_BT is not None:
+            rows = (~torch.isfinite(audio_BT)).any(dim=1)
+            if bool(rows.any()):
+                source = f"; the audio itself is not finite in {[i for i, bad in zip(ids, rows.tolist()) if bad]}"
+        broken = [name for name, p in self.named_parameters() if not bool(torch.isfinite(p).all())]
+        if broken:
+            source += f"; {len(broken)} parameters are not finite any more, first {broken[0]}"
+        message = (
+            f"step {self.trainer.global_step}: {what} is {value}: batch skipped, nothing was updated; "
+            f"utterances {ids}{source}"
+        )
+        logging.warning(message)
+        if self._bad_in_a_row >= self.max_bad_batches or broken:
+            raise TrainingDiverged(
+                f"{message}. {self._bad_in_a_row} such batches in a row: the run stops. Lower model.optim.lr, "
+                "raise the warm-up, or train in float32; the last checkpoint before it is intact"
+            )
+
+    def _report_infeasible(self, infeasible, targets_BS, target_lengths, lengths, ids) -> None:
+        """Names each utterance whose target does not fit into the output, once."""
+        for row in torch.nonzero(infeasible).flatten().tolist():
+            if ids[row] not in self.infeasible_seen:
+                self.infeasible_seen.add(ids[row])
+                logging.warning(
+                    f"utterance {ids[row]}: CTC loss is infinite, {int(target_lengths[row])} targets (and blanks "
+                    f"between repeats) do not fit into {int(lengths[row])} output frames; it is left out of the loss. "
+                    f"{len(self.infeasible_seen)} such utterances so far"
+                )
+
+    def _remember_running_statistics(self) -> None:
+        statistics = [b for name, b in self.named_buffers() if "running_" in name or "num_batches" in name]
+        self._statistics = [(buffer, buffer.clone()) for buffer in statistics]
+
+    def _restore_running_statistics(self) -> None:
+        for buffer, value in self._statistics:
+            buffer.copy_(value)
+
+    # ---- validation ----------------------------------------------------------------------------------------
+
+    def validation_pass(self, batch, batch_idx, dataloader_idx=0):
+        (audio_BT, audio_lengths, targets_BS, target_lengths, ids), positions = batch
+        log_probs, lengths, symbols_BT = self.forward(input_signal=audio_BT, input_signal_length=audio_lengths)
+        losses = self.loss.per_utterance(log_probs, targets_BS, lengths, target_lengths)
+        texts = self.decoding.ctc_decoder_predictions_tensor(
+            decoder_outputs=log_probs, decoder_lengths=lengths, return_hypotheses=False
+        )
+        hypotheses = [text if isinstance(text, str) else text.text for text in texts]
+        valid = valid_mask(lengths, symbols_BT.shape[1])
+        return {
+            "loss": losses.sum(),
+            "targets": target_lengths.sum(),
+            "blanks": ((symbols_BT == self.loss.blank) & valid).sum(),
+            "frames": valid.sum(),
+            "pairs": [(p, self._validation_rows[p]["text"], h) for p, h in zip(positions, hypotheses)],
+        }
+
+    def validation_step(self, batch, batch_idx, dataloader_idx=0):
+        self._validation.append(self.validation_pass(batch, batch_idx, dataloader_idx))
+
+    def on_validation_epoch_end(self, sync_metrics: bool = False):
+        outputs, self._validation = self._validation, []
+        pairs = sorted(pair for output in outputs for pair in output["pairs"])
+        words, characters = count_errors([p[1] for p in pairs], [p[2] for p in pairs])
+        sums = torch.tensor(
+            [float(sum(output[key] for output in outputs)) for key in ("loss", "targets", "blanks", "frames")]
+            + [words.errors, words.reference, characters.errors, characters.reference],
+            dtype=torch.float64,
+        )
+        if self.world_size > 1 and torch.distributed.is_initialized():
+            sums = sums.to(self.device)
+            torch.distributed.all_reduce(sums)
+        loss, targets, blanks, frames, word_errors, word_count, char_errors, char_count = sums.tolist()
+        self.validation_examples = [(self._validation_rows[p], text, hyp) for p, text, hyp in pairs]
+        metrics = {
+            "val_loss": loss / max(targets, 1),
+            "val_wer": ErrorCounts(int(word_errors), 0, 0, int(word_count)).rate,
+            "val_cer": ErrorCounts(int(char_errors), 0, 0, int(char_count)).rate,
+            "val_blank_rate": blanks / max(frames, 1),
+        }
+        # The sums are already those of all devices.
+        self.log_dict({key: torch.tensor(value, dtype=torch.float32) for key, value in metrics.items()}, sync_dist=False)
+        return metrics
+
+
+class CTCModel(_RecipeModel, EncDecCTCModel):
+    """CTC over characters: targets are positions in `decoder.vocabulary`."""
+
+    def text_encoder(self):
+        return CharEncoder(self.decoder.vocabulary)
+
+
+class CTCModelBPE(_RecipeModel, EncDecCTCModelBPE):
+    """CTC over sentencepiece tokens; the tokenizer travels inside the `.nemo`."""
+
+    def text_encoder(self):
+        return self.tokenizer.text_to_ids

@@ -1,0 +1,26 @@
+"""Threads that yield the processor to others. Imports nothing heavy: it must run before torch is imported.
+
+GNU OpenMP lets idle threads spin for milliseconds. On a machine that does anything else at the same time the
+spinning thread keeps the working one off its core: a GRU over 16 x 100 x 512 took 3.3 s instead of 0.09 s.
+"""
+
+from __future__ import annotations
+
+import os
+
+
+def usable_cores() -> int:
+    """Processor cores that this process may run on (the affinity mask, not the machine's count), at least 1."""
+    if hasattr(os, "sched_getaffinity"):
+        return max(len(os.sched_getaffinity(0)), 1)
+    return os.cpu_count() or 1
+
+
+def set_threads() -> int:
+    """Waiting OpenMP threads sleep, and there are as many as usable cores, unless the environment says otherwise.
+
+    Has no effect on an OpenMP that is loaded already, so call it before `import torch`. Returns the number of
+    threads.
+    """
+    os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+    return int(os.environ.setdefault("OMP_NUM_THREADS", str(usable_cores())).split(",")[0])

@@ -1,0 +1,194 @@
+"""Train a recipe: `python recipes/train.py --config-name deepspeech2 corpus=mini trainer=cpu model.optim.lr=5e-4`.
+
+The configuration is composed and checked within a second; only then are torch and NeMo imported. The same
+command goes on from the last checkpoint of its experiment folder, or says that training is complete.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import sys
+from pathlib import Path
+
+if not __package__:  # started by path: the project's root in place of this folder, whose nemo.py would hide NeMo
+    sys.path[0] = str(Path(__file__).resolve().parent.parent)
+
+from recipes.config import CONF, COMPUTED, ConfigError, check_against_code, compose, hydra_arguments, recipes
+from recipes.threads import set_threads
+
+EXIT_CONFIG, EXIT_DIVERGED, EXIT_ENDED = 2, 3, 143
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """Runs one training; returns the exit status."""
+    arguments = list(sys.argv[1:] if arguments is None else arguments)
+    parser = argparse.ArgumentParser(
+        prog="recipes/train.py", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--config-name", "-cn", default="deepspeech2", help=f"recipe: {', '.join(recipes())}")
+    parser.add_argument("overrides", nargs="*", help="Hydra overrides, KEY=VALUE or GROUP=OPTION")
+    parsed = parser.parse_args(arguments)
+    name = parsed.config_name.removesuffix(".yaml")
+    os.chdir(CONF.parent)  # paths in the YAML files are relative to the root
+    try:
+        compose(name, parsed.overrides)
+    except ConfigError as error:
+        print(f"train.py: {error}", file=sys.stderr)
+        return EXIT_CONFIG
+    set_threads()
+    from nemo.core.config import hydra_runner
+
+    status: list[int] = []
+
+    def task(cfg):
+        status.append(_guarded_fit(cfg))
+
+    # NeMo's runner reads the command line itself.
+    sys.argv = [sys.argv[0], *hydra_arguments(parsed.overrides)]
+    hydra_runner(config_path=str(CONF), config_name=name)(task)()
+    return status[0] if status else 1
+
+
+def _guarded_fit(cfg) -> int:
+    from lightning.pytorch.utilities.exceptions import SIGTERMException
+
+    from recipes.ctc_model import TrainingDiverged
+
+    try:
+        fit(cfg)
+    except ConfigError as error:
+        print(f"train.py: {error}", file=sys.stderr)
+        return EXIT_CONFIG
+    except TrainingDiverged as error:
+        print(f"train.py: {error}", file=sys.stderr)
+        return EXIT_DIVERGED
+    except SIGTERMException:
+        return EXIT_ENDED
+    return 0
+
+
+def fit(cfg):
+    """Builds trainer and model from a composed configuration and trains; returns the model."""
+    import lightning.pytorch as pl
+    from nemo.utils.exp_manager import exp_manager
+    from omegaconf import OmegaConf, open_dict
+
+    from recipes.monitor import Progress, SaveLast, WandbMedia
+
+    check_against_code(cfg)
+    with open_dict(cfg):
+        fill_in(cfg)
+    pl.seed_everything(cfg.seed, workers=True, verbose=False)
+    folder = Path(cfg.exp_manager.explicit_log_dir)
+    folder.mkdir(parents=True, exist_ok=True)
+    callbacks = [Progress(folder, every_n_steps=cfg.trainer.log_every_n_steps), SaveLast(), WandbMedia()]
+    if cfg.exp_manager.create_wandb_logger and not os.environ.get("WANDB_API_KEY") and not _wandb_login():
+        os.environ.setdefault("WANDB_MODE", "offline")
+    trainer = pl.Trainer(**OmegaConf.to_container(cfg.trainer, resolve=True), callbacks=callbacks)
+    exp_manager(trainer, OmegaConf.to_container(cfg.exp_manager, resolve=True))
+    if trainer.is_global_zero:
+        OmegaConf.save(cfg, folder / "config.yaml", resolve=True)
+    model = build_model(cfg, trainer)
+    if trainer.is_global_zero:
+        parameters = sum(p.numel() for p in model.parameters()) / 1e6
+        print(
+            f"{cfg.name} on {cfg.corpus.name}: {parameters:.1f} M parameters, {cfg.trainer.max_steps} steps of "
+            f"{cfg.training.global_batch_seconds:g} s of audio over {trainer.world_size} device(s), "
+            f"peak learning rate {cfg.model.optim.lr:g}, outputs in {folder}",
+            flush=True,
+        )
+    for logger in trainer.loggers:
+        if hasattr(logger, "experiment") and type(logger).__name__ == "WandbLogger" and trainer.is_global_zero:
+            logger.experiment.config.update(OmegaConf.to_container(cfg, resolve=True), allow_val_change=True)
+    trainer.fit(model)
+    return model
+
+
+def build_model(cfg, trainer=None):
+    """The NeMo model of a recipe: tokens where it has a tokenizer, else characters; weights from `init_from`."""
+    from recipes.ctc_model import CTCModel, CTCModelBPE
+
+    model = (CTCModelBPE if cfg.model.get("tokenizer") else CTCModel)(cfg=cfg.model, trainer=trainer)
+    if cfg.get("init_from"):
+        load_weights(model, cfg.init_from)
+    return model
+
+
+def load_weights(model, path: str) -> None:
+    """Weights of a `.nemo` into `model`, all whose name and shape agree; says what did not.
+
+    Raises ConfigError where the file is missing or nothing agrees.
+    """
+    from nemo.collections.asr.models import ASRModel
+
+    if not Path(path).is_file():
+        raise ConfigError(f"init_from: no file {path}")
+    source = ASRModel.restore_from(path, map_location="cpu").state_dict()
+    target = model.state_dict()
+    kept = {key: value for key, value in source.items() if key in target and target[key].shape == value.shape}
+    if not kept:
+        raise ConfigError(f"init_from={path}: none of its weights fits this model; is the size the same?")
+    model.load_state_dict(kept, strict=False)
+    left = sorted(set(target) - set(kept))
+    print(f"{len(kept)} of {len(target)} tensors from {path}; fresh: {', '.join(left[:5]) or 'none'}", flush=True)
+
+
+def fill_in(cfg) -> None:
+    """Sets what follows from other values: the batch of a device, the number of steps, the schedule in steps.
+
+    One global batch in seconds is the recipe's; the batch of a device is its share. Steps are counted in global
+    batches, so neither they nor the learning rate change with the number of devices.
+    """
+    from manifests.schema import read_manifest
+    from recipes.lengths import split_global_batch
+
+    trainer, train = cfg.trainer, cfg.model.train_ds
+    devices = device_count(trainer) * trainer.num_nodes
+    train.batch_duration = split_global_batch(
+        cfg.training.global_batch_seconds, devices, trainer.accumulate_grad_batches
+    )
+    if train.batch_duration < 1:
+        raise ConfigError(
+            f"training.global_batch_seconds={cfg.training.global_batch_seconds} over {devices} devices leaves "
+            f"{train.batch_duration:.2f} s for each, less than an utterance; raise it"
+        )
+    if trainer.max_steps < 1:
+        paths = [train.manifest_filepath] if isinstance(train.manifest_filepath, str) else train.manifest_filepath
+        seconds = sum(
+            row["duration"]
+            for path in paths
+            for row in read_manifest(path)
+            if train.min_duration <= row["duration"] <= train.max_duration
+        )
+        if seconds == 0:
+            raise ConfigError(f"{paths}: no utterance between {train.min_duration} and {train.max_duration} s")
+        steps_a_pass = max(round(seconds / cfg.training.global_batch_seconds), 1)
+        trainer.max_steps = max(int(steps_a_pass * cfg.training.epochs), 1)
+    schedule = cfg.model.optim.sched
+    schedule.warmup_steps = max(int(cfg.training.warmup_share * trainer.max_steps), 1)
+    schedule.min_lr = cfg.training.final_share * cfg.model.optim.lr
+    if isinstance(trainer.val_check_interval, int) and trainer.val_check_interval > trainer.max_steps:
+        trainer.val_check_interval = trainer.max_steps
+
+
+def device_count(trainer) -> int:
+    """Devices of one node: a number, or all GPUs for -1 and auto."""
+    devices = trainer.devices
+    if isinstance(devices, int) and devices > 0:
+        return devices
+    if isinstance(devices, (list, tuple)) or type(devices).__name__ == "ListConfig":
+        return len(devices)
+    import torch
+
+    return max(torch.cuda.device_count(), 1) if trainer.accelerator != "cpu" else 1
+
+
+def _wandb_login() -> bool:
+    """Whether a key is stored, as `wandb login` does."""
+    netrc = Path.home() / ".netrc"
+    return netrc.is_file() and "wandb" in netrc.read_text(errors="ignore")
+
+
+if __name__ == "__main__":
+    sys.exit(main())

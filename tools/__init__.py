@@ -1,0 +1,1 @@
+"""What looks at data, runs and results without being needed to train."""

@@ -1,0 +1,1 @@
+"""Benchmarks: two ways in one run, alternating; the ratio is the result."""
