@@ -95,7 +95,7 @@ def _check_key(cfg: DictConfig, key: str) -> None:
     for part in key.split("."):
         if not isinstance(node, DictConfig):
             return  # inside a list or a value that a later section check looks at
-        if part not in node:
+        if part not in node.keys():  # `in` alone is False for a value that is missing
             path = ".".join([*walked, part])
             prefix = ".".join([*walked, ""])
             raise ConfigError(

@@ -1,0 +1,132 @@
+#!/usr/bin/env bash
+# From nothing to an evaluated model: environment, corpus, manifests, one batch, training, averaging, evaluation, report.
+set -euo pipefail
+cd "$(dirname "${BASH_SOURCE[0]}")"
+
+MODELS="deepspeech deepspeech2 conformer conformer_bpe"
+CORPORA="mini librispeech_5h librispeech_8h librispeech_100h librispeech_960h"
+stage=0 stop_stage=7 model=deepspeech2 corpus=mini data="" exp="" gpus="" nodes=1 force=false overrides=()
+
+usage() {
+  cat <<TEXT
+usage: ./run.sh [options] [-- HYDRA_OVERRIDES]     everything, from the corpus to the table of results
+       ./run.sh test [PYTEST_ARGUMENTS]            the tests
+
+  --model NAME     one of: $MODELS   (default $model)
+  --corpus NAME    one of: $CORPORA
+                   (default $corpus, made on the spot)
+  --data DIR       folder that holds the corpus's subsets (.../LibriSpeech); an existing tree is used as it is
+  --exp DIR        folder for what the run makes   (default exp/MODEL_CORPUS)
+  --gpus N         GPUs a node, 0 for the CPU      (default: one where there is an NVIDIA GPU)
+  --nodes N        nodes, started by torchrun or SLURM (default 1)
+  --stage N        first stage                     (default 0)
+  --stop-stage M   last stage                      (default 7)
+  --force          redo stages that are complete
+  --help           this text
+
+stages: 0 corpus   1 manifests   2 tokenizer (BPE only)   3 check and one batch
+        4 train    5 average     6 evaluate               7 report
+A stage is skipped when what it writes is complete and newer than what it reads.
+All after -- goes to training: ./run.sh --model conformer -- model.optim.lr=1e-3 training.epochs=20
+TEXT
+}
+
+fail() { echo "run.sh: $*" >&2; exit 2; }
+
+one_of() {  # VALUE OPTION VALID...
+  local value=$1 option=$2; shift 2
+  for valid in "$@"; do [ "$value" = "$valid" ] && return; done
+  fail "$option $value: valid are $*"
+}
+
+# The environment: .venv from requirements.lock, made once; nothing is installed outside it.
+ensure_environment() {
+  local stamp=.venv/.installed want python candidate
+  want=$(cat requirements.lock requirements-torch.txt | cksum)
+  [ -f $stamp ] && [ "$(cat $stamp)" = "$want" ] && return
+  for candidate in ${PYTHON:-} python3.11 python3.12 python3.10 python3; do
+    if command -v "$candidate" > /dev/null &&
+       "$candidate" -c 'import sys, venv; sys.exit(not (3, 10) <= sys.version_info < (3, 13))' 2> /dev/null; then
+      python=$candidate; break
+    fi
+  done
+  [ -n "${python:-}" ] || fail "no Python 3.10, 3.11 or 3.12 found: install one, or name it with PYTHON=/path/to/python3.11"
+  echo "== environment: .venv with $("$python" --version), once, some minutes"
+  [ -x .venv/bin/python ] || "$python" -m venv .venv
+  .venv/bin/python tools/install.py
+  echo "$want" > $stamp
+}
+
+# Runs COMMAND unless its stamp is newer than all it READS, all it WRITES is there and the command is the same.
+run_stage() {  # NUMBER TITLE "READS" "WRITES" COMMAND...
+  local number=$1 title=$2 reads=$3 writes=$4; shift 4
+  { [ "$number" -lt "$stage" ] || [ "$number" -gt "$stop_stage" ]; } && return
+  local stamp fresh=true path begin=$SECONDS
+  stamp="$exp/.stages/$number"
+  { [ -f "$stamp" ] && [ "$(cat "$stamp")" = "$*" ] && ! $force; } || fresh=false
+  for path in $writes; do [ -e "$path" ] || fresh=false; done
+  for path in $reads; do [ ! -e "$path" ] || [ ! "$path" -nt "$stamp" ] || fresh=false; done
+  if $fresh; then echo "== stage $number: $title: complete, skipped (--force redoes it)"; return; fi
+  echo "== stage $number: $title: ${reads:-nothing} -> ${writes:-nothing}"
+  rm -f "$stamp"
+  "$@" || { local status=$?; echo "run.sh: stage $number ($title) failed; the same command goes on from here" >&2; exit $status; }
+  mkdir -p "$(dirname "$stamp")" && echo "$*" > "$stamp"
+  echo "== stage $number: done in $((SECONDS - begin)) s"
+}
+
+if [ "${1:-}" = test ]; then
+  shift
+  ensure_environment
+  exec .venv/bin/python -m pytest "$@"
+fi
+
+while [ $# -gt 0 ]; do
+  case $1 in
+    --help | -h) usage; exit ;;
+    --force) force=true; shift; continue ;;
+    --) shift; overrides=("$@"); break ;;
+    --model | --corpus | --data | --exp | --gpus | --nodes | --stage | --stop-stage)
+      [ $# -gt 1 ] || fail "$1 needs a value" ;;
+    *) fail "unknown option $1: valid are --model --corpus --data --exp --gpus --nodes --stage --stop-stage --force --help, and test" ;;
+  esac
+  name=${1#--}; printf -v "${name//-/_}" %s "$2"; shift 2
+done
+one_of "$model" --model $MODELS
+one_of "$corpus" --corpus $CORPORA
+for pair in "--stage $stage" "--stop-stage $stop_stage"; do one_of "${pair#* }" "${pair% *}" 0 1 2 3 4 5 6 7; done
+[[ "$nodes" =~ ^[1-9][0-9]*$ ]] || fail "--nodes $nodes: must be a positive number"
+if [ -z "$gpus" ]; then gpus=0; if nvidia-smi -L > /dev/null 2>&1; then gpus=1; fi; fi
+[[ "$gpus" =~ ^[0-9]+$ ]] || fail "--gpus $gpus: must be 0 or more"
+
+exp=${exp:-exp/${model}_$corpus}
+manifests=data/$corpus
+train=(--config-name "$model" "corpus=$corpus" "exp_manager.explicit_log_dir=$exp")
+if [ "$nodes" -gt 1 ]; then train+=(trainer=slurm "trainer.devices=$gpus" "trainer.num_nodes=$nodes")
+elif [ "$gpus" -gt 1 ]; then train+=(trainer=ddp "trainer.devices=$gpus")
+elif [ "$gpus" = 1 ]; then train+=(trainer=gpu)
+else train+=(trainer=cpu); fi
+tokenizer=""
+if [[ "$model" == *_bpe ]]; then tokenizer=$exp/tokenizer; train+=("model.tokenizer.dir=$tokenizer"); fi
+train+=(${overrides[@]+"${overrides[@]}"})
+where=(${data:+--data "$data"})
+
+ensure_environment
+export OMP_WAIT_POLICY=${OMP_WAIT_POLICY:-PASSIVE}
+python=.venv/bin/python
+mkdir -p "$exp"
+
+run_stage 0 corpus "conf/corpus/$corpus.yaml" "" $python -m manifests.corpus fetch "$corpus" "${where[@]}"
+run_stage 1 manifests "conf/corpus/$corpus.yaml $exp/.stages/0" "$manifests/train.json $manifests/dev.json" \
+  $python -m manifests.corpus build "$corpus" "${where[@]}" --out "$manifests" --check
+if [ -n "$tokenizer" ]; then
+  run_stage 2 tokenizer "$manifests/train.json" "$tokenizer/tokenizer.model" \
+    $python -m manifests.tokenizer "$manifests/train.json" --out "$tokenizer"
+fi
+run_stage 3 "check and one batch" "$manifests/train.json $tokenizer" "$exp/one_batch.json" \
+  $python -m tools.ladder --rungs batch --out "$exp/one_batch.json" "${train[@]}"
+run_stage 4 train "$manifests/train.json $manifests/dev.json $tokenizer" "$exp/curve.csv" $python -m recipes.train "${train[@]}"
+run_stage 5 average "$exp/.stages/4" "$exp/$model.nemo" $python -m recipes.average "$exp" --out "$exp/$model.nemo"
+run_stage 6 evaluate "$exp/$model.nemo" "$exp/evaluation/metrics.json" \
+  $python -m recipes.evaluate "model=$exp/$model.nemo" "corpus=$corpus" "output=$exp/evaluation"
+run_stage 7 report "$exp/evaluation/metrics.json $exp/curve.csv" "$exp/report.md $exp/curve.png" $python -m tools.report "$exp"
+[ "$stop_stage" -lt 7 ] || cat "$exp/report.md"
