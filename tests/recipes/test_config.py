@@ -1,0 +1,119 @@
+"""Configurations that cannot train are refused at the start, in one line that names the key and the nearest valid one."""
+
+import subprocess
+import sys
+
+import pytest
+
+from recipes.config import ConfigError, check_against_code, compose, hydra_arguments, recipes
+from tests.conftest import ROOT
+
+
+@pytest.fixture
+def manifests(tmp_path):
+    """Overrides that point the corpus at two manifests that exist."""
+    for name in ("train", "dev"):
+        (tmp_path / f"{name}.json").write_text('{"audio_filepath": "a.flac", "duration": 2.0, "text": "a"}\n')
+    return [f"corpus.train={tmp_path}/train.json", f"corpus.validation={tmp_path}/dev.json"]
+
+
+def test_recipes_are_the_four_models():
+    assert recipes() == ["conformer", "conformer_bpe", "deepspeech", "deepspeech2"]
+
+
+@pytest.mark.parametrize("recipe", recipes())
+@pytest.mark.parametrize("corpus", ["mini", "librispeech_5h", "librispeech_8h", "librispeech_100h", "librispeech_960h"])
+@pytest.mark.parametrize("size", ["small", "full"])
+def test_every_recipe_composes_with_every_corpus_and_size(recipe, corpus, size, manifests):
+    overrides = [f"corpus={corpus}", f"size={size}", *manifests]
+    if recipe.endswith("_bpe"):
+        overrides.append("model.tokenizer.dir=x")
+    cfg = compose(recipe, overrides)
+    assert cfg.name == recipe and cfg.corpus.name == corpus
+    assert cfg.model.optim.lr > 0
+
+
+@pytest.mark.parametrize("trainer", ["cpu", "gpu", "ddp", "slurm"])
+@pytest.mark.parametrize("logger", ["default", "csv", "wandb"])
+@pytest.mark.parametrize("debug", ["none", "fast"])
+def test_every_trainer_logger_and_debug_option_composes(trainer, logger, debug, manifests):
+    cfg = compose("deepspeech2", [f"trainer={trainer}", f"logger={logger}", f"debug={debug}", *manifests])
+    assert cfg.trainer.use_distributed_sampler is False
+    assert cfg.exp_manager.create_wandb_logger is (logger == "wandb")
+
+
+@pytest.mark.parametrize(
+    "recipe, overrides, words",
+    [
+        ("deepspeech3", [], ["deepspeech3", "did you mean deepspeech"]),
+        ("deepspeech2", ["model.optim.lrr=4"], ["model.optim.lrr", "did you mean model.optim.lr?"]),
+        ("deepspeech2", ["model.encoder.rnn_layer=4"], ["model.encoder.rnn_layer", "model.encoder.rnn_layers"]),
+        ("deepspeech2", ["trainr.max_steps=4"], ["trainr", "did you mean trainer"]),
+        ("deepspeech2", ["corpus=libri"], ["'libri'", "corpus"]),
+        ("deepspeech2", ["trainer=tpu"], ["'tpu'", "trainer"]),
+        ("deepspeech2", ["model.optim.lr=[1"], ["override"]),
+        ("deepspeech2", ["trainer.sync_batchnorm=true"], ["trainer.sync_batchnorm=true", "false"]),
+        ("deepspeech2", ["trainer.use_distributed_sampler=true"], ["use_distributed_sampler=false"]),
+        ("deepspeech2", ["+model.train_ds.shar_path=x"], ["trainer.max_steps"]),
+        ("deepspeech2", ["+model.train_ds.tarred_audio_filepaths=x"], ["trainer.max_steps"]),
+        ("deepspeech2", ["trainer.precision=16-mixed"], ["trainer.precision=16-mixed", "bf16-mixed"]),
+        ("deepspeech2", ["trainer.devices=2"], ["trainer=ddp"]),
+        ("deepspeech2", ["training.warmup_share=10"], ["training.warmup_share=10"]),
+        ("deepspeech2", ["training.global_batch_seconds=0"], ["training.global_batch_seconds=0"]),
+        ("deepspeech2", ["model.optim.lr=0"], ["model.optim.lr=0"]),
+        ("deepspeech2", ["model.optim.lr=???"], ["missing mandatory value: model.optim.lr"]),
+        ("conformer_bpe", [], ["missing mandatory value: model.tokenizer.dir"]),
+    ],
+)
+def test_a_bad_configuration_is_one_clear_line(recipe, overrides, words, manifests):
+    with pytest.raises(ConfigError) as error:
+        compose(recipe, [*manifests, *overrides])
+    message = str(error.value)
+    assert "\n" not in message
+    for word in words:
+        assert word in message, message
+
+
+def test_missing_manifest_says_what_makes_it(tmp_path):
+    with pytest.raises(ConfigError, match="run.sh --corpus mini --stop-stage 1"):
+        compose("deepspeech2", [f"corpus.train={tmp_path}/none.json"])
+
+
+@pytest.mark.parametrize(
+    "override, words",
+    [
+        ("+model.encoder.rnn_layer=4", ["model.encoder.rnn_layer", "rnn_layers"]),
+        ("+model.optim.wieght_decay=0.1", ["model.optim.wieght_decay", "weight_decay"]),
+        ("+model.optim.sched.warmup=100", ["model.optim.sched.warmup"]),
+        ("+trainer.max_step=5", ["trainer.max_step", "max_steps"]),
+        ("+model.train_ds.batch_durations=5", ["batch_durations", "batch_duration"]),
+        ("+exp_manager.resume=true", ["exp_manager.resume"]),
+        ("model.optim.name=adamv", ["model.optim.name=adamv"]),
+        ("model.encoder._target_=recipes.deepspeech2.encoder.DeepSpech2", ["model.encoder._target_"]),
+    ],
+)
+def test_a_key_that_nothing_reads_is_refused(override, words, manifests):
+    cfg = compose("deepspeech2", [*manifests, override])
+    with pytest.raises(ConfigError) as error:
+        check_against_code(cfg)
+    for word in words:
+        assert word in str(error.value)
+
+
+@pytest.mark.parametrize("recipe", recipes())
+@pytest.mark.parametrize("size", ["small", "full"])
+def test_every_key_of_our_own_recipes_is_read_by_something(recipe, size, manifests):
+    extra = ["model.tokenizer.dir=x"] if recipe.endswith("_bpe") else []
+    check_against_code(cfg := compose(recipe, [*manifests, *extra, f"size={size}"]))
+    assert cfg.model.encoder["_target_"].startswith("recipes.")
+
+
+def test_logger_group_is_spelled_as_users_type_it():
+    assert hydra_arguments(["logger=wandb", "model.optim.lr=1"]) == ["logger@exp_manager=wandb", "model.optim.lr=1"]
+
+
+@pytest.mark.parametrize("start", [["recipes/train.py"], ["-m", "recipes.train"]])
+def test_both_ways_to_start_refuse_without_a_traceback(start):
+    done = subprocess.run([sys.executable, *start, "model.optim.lrr=1"], cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 2
+    assert done.stderr.count("\n") == 1 and "model.optim.lr?" in done.stderr
