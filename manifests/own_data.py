@@ -165,7 +165,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--skip-bad", action="store_true", help="leave bad rows out, and say which")
     args = parser.parse_args(argv)
     # Texts and file names can hold what a terminal's encoding cannot.
-    sys.stdout.reconfigure(errors="backslashreplace")
+    if hasattr(sys.stdout, "reconfigure"):
+        sys.stdout.reconfigure(errors="backslashreplace")
     try:
         if args.split is None and args.out.is_dir():
             raise TableError(f"--out {args.out}: is a folder: name the manifest, as in {args.out / 'train.json'}")

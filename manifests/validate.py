@@ -307,7 +307,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--json", metavar="OUT", help="save figures and all findings as JSON")
     args = parser.parse_args(argv)
     # Texts and file names can hold what a terminal's encoding cannot.
-    sys.stdout.reconfigure(errors="backslashreplace")
+    if hasattr(sys.stdout, "reconfigure"):
+        sys.stdout.reconfigure(errors="backslashreplace")
     if not (args.files or args.train or args.test):
         parser.error("no manifest given: name at least one FILE")
     try:

@@ -44,7 +44,9 @@ class Grammar:
                 current = None
             elif line.startswith("* "):
                 self.frames.append(line[2:].strip())
-                current = None
+                current = self.frames
+            elif line[0].isspace() and current is self.frames:
+                self.frames[-1] += " " + line.strip()
             elif line[0].isspace() and current is not None:
                 current += _alternatives(line.strip().strip("|"))
             elif match := _CLASS.match(line):

@@ -33,7 +33,8 @@ def read_tree(tree: Path) -> dict[str, list[tuple[str, str, float]]]:
 def report(tree: Path) -> str:
     """A table by subset, then the share of new words in the test parts and of the most frequent train word."""
     rows = read_tree(tree)
-    lines = [f"{'subset':20}{'voices':>7}{'sentences':>10}{'tokens':>8}{'words':>7}{'new tokens':>12}{'hours':>7}{'fill':>6}"]
+    names = ("voices", 7), ("sentences", 10), ("tokens", 8), ("words", 7), ("new tokens", 12), ("hours", 7), ("fill", 6)
+    lines = [f"{'subset':20}" + "".join(f"{name:>{width}}" for name, width in names)]
     train = Counter(word for _, text, _ in rows.get("train", []) for word in text.split())
     test_tokens = test_new = 0
     for subset, found in rows.items():
@@ -44,8 +45,8 @@ def report(tree: Path) -> str:
         fill = max((ctc_symbols(text) / (FRAMES_PER_SECOND * seconds) for _, text, seconds in found), default=0.0)
         lines.append(
             f"{subset:20}{len({u.split('-')[0] for u, _, _ in found}):>7}{len(found):>10}{len(tokens):>8}"
-            f"{len(set(tokens)):>7}{new:>5} ({new / max(1, len(tokens)):4.0%}){sum(s for _, _, s in found) / 3600:>7.2f}"
-            f"{fill:>6.2f}"
+            f"{len(set(tokens)):>7}{new:>5} ({new / max(1, len(tokens)):4.0%})"
+            f"{sum(seconds for _, _, seconds in found) / 3600:>7.2f}{fill:>6.2f}"
         )
     if train:
         word, count = train.most_common(1)[0]

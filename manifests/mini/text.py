@@ -29,7 +29,9 @@ CLASHES = ({"i", "me"}, {"i", "us"}, {"we", "us"}, {"we", "me"})  # "i gave me"
 OWN = "OWN"  # in a frame: the possessive of the first person named
 OWNER = {"i": "my", "we": "our", "they": "their", "you": "your", "he": "his", "she": "her"}
 WOMEN = frozenset("anna emma grace kate lucy aunt grandmother mother sister".split())
-MEN = frozenset("ben felix jack martin oliver quentin tom victor brother father uncle farmer grandfather grandson".split())
+MEN = frozenset(
+    "ben felix jack martin oliver quentin tom victor brother father uncle farmer grandfather grandson".split()
+)
 
 
 @dataclass(frozen=True)

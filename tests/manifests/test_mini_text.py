@@ -14,7 +14,7 @@ from manifests.mini.plan import plan
 from manifests.mini.text import SIZES, TESTS, owner, sentences
 from manifests.mini.voices import DEV_ONLY, KNOWN, UNSEEN
 
-VERSION_AND_PLAN = ("1-d04d8e0b9bad", "0965ce721242")
+VERSION_AND_PLAN = ("1-e6f33af9e0c2", "0965ce721242")
 # Pairs that sound alike: only one of each may be used, else a right hypothesis could be counted as an error.
 HOMOPHONES = """
     to two|to too|for four|ate eight|our hour|flower flour|sea see|no know|new knew|by buy|write right|hear here
@@ -95,7 +95,7 @@ def test_new_words_are_a_tenth_of_the_test_tokens(seed):
 
 def made_of_known_parts(word: str, train) -> bool:
     """Whether ``word`` is an inflection, a derivation or a compound of train words."""
-    endings = {"s", "es", "ed", "d", "ing", "er", "r", "ers", "est", "st", "ly", "y", "ful", "ness", "ty", "teen", "ist", "less"}
+    endings = "s es ed d ing er r ers est st ly y ful ness ty teen ist less".split()
     stems = [word[: -len(end)] for end in endings if word.endswith(end)] + [word.removeprefix("un")]
     for stem in stems:
         forms = {stem, stem + "e", stem[:-1] if stem[-2:-1] == stem[-1:] else stem, re.sub("i$", "y", stem)}

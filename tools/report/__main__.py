@@ -1,0 +1,105 @@
+"""Writes report.md and curve.png of a run: `python -m tools.report exp/deepspeech2_mini`.
+
+Reads evaluation/metrics.json with its predictions, curve.csv, one_batch.json and average.json of the run's folder;
+what is not there is left out. The page with findings and plots is the doctor's.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import sys
+from pathlib import Path
+
+from manifests.schema import ManifestError, read_manifest
+from tools.report.curve import draw, read_curve
+
+PAIRS = 3  # transcripts shown of each manifest
+
+
+def clock(seconds: float) -> str:
+    """8 min 05 s."""
+    return f"{int(seconds) // 60} min {int(seconds) % 60:02d} s"
+
+
+def error_table(metrics: dict) -> list[str]:
+    """Markdown rows of WER and CER by manifest, and over all of them."""
+    lines = ["| test set | utterances | WER % (95 % interval) | CER % | sub | del | ins |", "|---|---|---|---|---|---|---|"]
+    for name, part in [*metrics["manifests"].items(), ("all", metrics["overall"])]:
+        if part.get("wer") is None:
+            continue
+        low, high = part["wer_interval"]
+        lines.append(
+            f"| {name} | {part['utterances']} | {part['wer']:.2%} ({low:.2%} to {high:.2%}) | {part['cer']:.2%} | "
+            f"{part['substitutions']} | {part['deletions']} | {part['insertions']} |".replace("%", "")
+        )
+    return lines
+
+
+def training(folder: Path) -> list[str]:
+    """Lines on how the run went, from curve.csv."""
+    columns = read_curve(folder / "curve.csv")
+    lines = []
+    if "seconds" in columns and "loss_per_char" in columns:
+        step, seconds = columns["seconds"][-1]
+        speed = [value for _, value in columns.get("audio_seconds_per_second", [])]
+        loss = columns["loss_per_char"][-1][1]
+        lines.append(
+            f"Trained {int(step)} steps in {clock(seconds)}, {sum(speed) / max(len(speed), 1):.0f} s of audio a second, "
+            f"final loss {loss:.3f} nats a character."
+        )
+    return lines
+
+
+def transcripts(folder: Path, metrics: dict) -> list[str]:
+    """Reference and hypothesis of a few utterances of each manifest, spread over it."""
+    lines = []
+    for name, part in metrics["manifests"].items():
+        rows = [row for row in read_manifest(part["predictions"]) if row["text"]]
+        lines.append(f"{name}:")
+        for at in range(min(PAIRS, len(rows))):
+            row = rows[(2 * at + 1) * len(rows) // (2 * PAIRS)]
+            lines += [f"  reference   {row['text']}", f"  hypothesis  {row['pred_text']}"]
+    return lines
+
+
+def report(folder: Path) -> Path:
+    """Writes report.md and curve.png into the run's folder; returns the former's path. Raises OSError, ValueError."""
+    lines = [f"# {folder.name}", ""]
+    lines += training(folder)
+    draw({folder.name: folder / "curve.csv"}, folder / "curve.png")
+    if (folder / "one_batch.json").is_file():
+        batch = json.loads((folder / "one_batch.json").read_text())["batch"]
+        lines.append(f"One batch of {batch['utterances']} utterances was learned by heart in {batch['step']} steps.")
+    if (folder / "average.json").is_file():
+        lines.append(f"Saved weights: {json.loads((folder / 'average.json').read_text())['chosen']}.")
+    metrics_path = folder / "evaluation" / "metrics.json"
+    if metrics_path.is_file():
+        metrics = json.loads(metrics_path.read_text())
+        lines += ["", *error_table(metrics), "", "```", *transcripts(folder, metrics), "```"]
+    outputs = [name for name in ("config.yaml", "curve.csv", "curve.png", "evaluation", f"{folder.name.split('_mini')[0]}.nemo")
+               if (folder / name).exists()]
+    lines += ["", f"Outputs in `{folder}`: {', '.join(outputs)}."]
+    out = folder / "report.md"
+    part = out.with_suffix(".part")
+    part.write_text("\n".join(lines) + "\n")
+    os.replace(part, out)
+    return out
+
+
+def main(arguments: list[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(prog="python -m tools.report", description=__doc__,
+                                     formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("exp", type=Path, help="folder of a run")
+    args = parser.parse_args(arguments)
+    try:
+        print(report(args.exp))
+    except (OSError, ValueError, ManifestError) as error:
+        print(f"report: {error}", file=sys.stderr)
+        return 1
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
