@@ -53,7 +53,8 @@ def fetch(name: str, data: Path | None = None, mirror: str | None = None) -> Pat
         here = [subset for subset in needed if subset in list_subsets(root)]
         if data is not None and here:
             absent = [subset for subset in needed if subset not in here]
-            print(f"{root}: existing tree with {', '.join(here)}" + (f"; not there: {', '.join(absent)}" if absent else ""))
+            missing = f"; not there: {', '.join(absent)}" if absent else ""
+            print(f"{root}: existing tree with {', '.join(here)}{missing}")
             return root
     from manifests.download import download_subset
 
@@ -94,7 +95,8 @@ def build(name: str, root: Path, out: Path, workers: int = 1) -> dict[str, list[
         elif absent:
             print(f"warning: {split}: {', '.join(absent)} not in {root}: what is there is used")
     if not splits["train"]:
-        raise CorpusError(f"{root}: nothing to train on: none of {', '.join(corpus['splits']['train']['subsets'])} is there")
+        wanted = ", ".join(corpus["splits"]["train"]["subsets"])
+        raise CorpusError(f"{root}: nothing to train on: none of {wanted} is there")
     _fill_empty(splits)
     for split, rows in splits.items():
         write_manifest(out / f"{split}.json", rows)
@@ -109,14 +111,24 @@ def _fill_empty(splits: dict[str, list[dict]]) -> None:
     for split in [name for name, rows in splits.items() if not rows]:
         speakers = sorted({row["speaker"] for row in splits["train"]})
         if len(speakers) < 2:
-            raise CorpusError(f"{split} has no utterance in this tree and train but one speaker: nothing can be held out")
+            raise CorpusError(f"{split} has no utterance in this tree, and train only one speaker: none can be held out")
         held = speakers[-1]
         splits[split] = [row for row in splits["train"] if row["speaker"] == held]
         splits["train"] = [row for row in splits["train"] if row["speaker"] != held]
         print(
-            f"warning: {split} has no utterance in this tree: the {len(splits[split])} of speaker {held} are held out of "
-            "train instead; its figures compare with nobody's"
+            f"warning: {split} has no utterance in this tree: the {len(splits[split])} of speaker {held} are held out "
+            "of train instead; its figures compare with nobody's"
         )
+
+
+def check(out: Path, splits: list[str]) -> int:
+    """Validates the manifests of all splits, train against the others; prints the table, returns the exit status."""
+    from manifests.validate import validate
+
+    others = [out / f"{split}.json" for split in splits if split != "train"]
+    report = validate(train=[out / "train.json"], test=others, audio=True)
+    print(report.text())
+    return report.exit_code
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -127,6 +139,7 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("name", help="a corpus of conf/corpus")
     parser.add_argument("--data", type=Path, help="folder that holds (or is to hold) the subsets")
     parser.add_argument("--out", type=Path, help="build: folder for <split>.json (default data/NAME)")
+    parser.add_argument("--check", action="store_true", help="build: validate what was written, audio headers too")
     parser.add_argument("--mirror", help="fetch: URL to download from instead of OpenSLR")
     parser.add_argument("--workers", type=int, default=1)
     args = parser.parse_args(argv)
@@ -136,7 +149,10 @@ def main(argv: list[str] | None = None) -> int:
             print(f"corpus {args.name}: {root}")
         else:
             root = args.data or Path(load(args.name)["root"])
-            build(args.name, root, args.out or Path("data") / args.name, args.workers)
+            out = args.out or Path("data") / args.name
+            splits = build(args.name, root, out, args.workers)
+            if args.check:
+                return check(out, list(splits))
     except (CorpusError, ManifestError, OSError, RuntimeError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 1

@@ -33,7 +33,7 @@ def train(manifests: list[Path], out: Path, vocab: int = 128) -> int:
         raise ManifestError(f"{', '.join(map(str, manifests))}: no text to train a tokenizer on")
     characters = sorted(set("".join(texts)) - {" "})
     if vocab < len(characters) + 2:
-        raise ManifestError(f"--vocab {vocab}: the texts have {len(characters)} characters; give at least {len(characters) + 2}")
+        raise ManifestError(f"--vocab {vocab}: the texts have {len(characters)} characters; give 2 more at least")
     out.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=out.parent, prefix=".tokenizer-") as part:
         sentencepiece.SentencePieceTrainer.train(
