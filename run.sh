@@ -114,6 +114,7 @@ ensure_environment
 export OMP_WAIT_POLICY=${OMP_WAIT_POLICY:-PASSIVE}
 python=.venv/bin/python
 mkdir -p "$exp"
+tests=$($python -m manifests.corpus tests "$corpus")
 
 run_stage 0 corpus "conf/corpus/$corpus.yaml" "" $python -m manifests.corpus fetch "$corpus" "${where[@]}"
 run_stage 1 manifests "conf/corpus/$corpus.yaml $exp/.stages/0" "$manifests/train.json $manifests/dev.json" \
@@ -127,6 +128,6 @@ run_stage 3 "check and one batch" "$manifests/train.json $tokenizer" "$exp/one_b
 run_stage 4 train "$manifests/train.json $manifests/dev.json $tokenizer" "$exp/curve.csv" $python -m recipes.train "${train[@]}"
 run_stage 5 average "$exp/.stages/4" "$exp/$model.nemo" $python -m recipes.average "$exp" --out "$exp/$model.nemo"
 run_stage 6 evaluate "$exp/$model.nemo" "$exp/evaluation/metrics.json" \
-  $python -m recipes.evaluate "model=$exp/$model.nemo" "corpus=$corpus" "output=$exp/evaluation"
+  $python -m recipes.evaluate "model=$exp/$model.nemo" "manifests=$tests" "output=$exp/evaluation" pairs=0
 run_stage 7 report "$exp/evaluation/metrics.json $exp/curve.csv" "$exp/report.md $exp/curve.png" $python -m tools.report "$exp"
 [ "$stop_stage" -lt 7 ] || cat "$exp/report.md"

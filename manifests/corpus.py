@@ -135,7 +135,8 @@ def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(
         prog="python -m manifests.corpus", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("action", choices=["fetch", "build"])
+    parser.add_argument("action", choices=["fetch", "build", "tests"],
+                        help="get the tree, build its manifests, or print the manifests to test on")
     parser.add_argument("name", help="a corpus of conf/corpus")
     parser.add_argument("--data", type=Path, help="folder that holds (or is to hold) the subsets")
     parser.add_argument("--out", type=Path, help="build: folder for <split>.json (default data/NAME)")
@@ -144,7 +145,9 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--workers", type=int, default=1)
     args = parser.parse_args(argv)
     try:
-        if args.action == "fetch":
+        if args.action == "tests":
+            print(f"[{','.join(load(args.name)['test'])}]")
+        elif args.action == "fetch":
             root = fetch(args.name, args.data, args.mirror)
             print(f"corpus {args.name}: {root}")
         else:

@@ -15,8 +15,8 @@ import re
 import sys
 from pathlib import Path
 
-if __package__ in (None, ""):  # started by path: the project's root belongs on the search path
-    sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+if not __package__:  # started by path: the project's root in place of this folder, whose nemo.py would hide NeMo
+    sys.path[0] = str(Path(__file__).resolve().parent.parent)
 
 from recipes.quiet import quiet_imports, quiet_nemo
 from recipes.threads import set_threads

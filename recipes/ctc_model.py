@@ -168,6 +168,13 @@ class _RecipeModel:
             self._bad_in_a_row = 0
         self.log("grad_norm", norm)
 
+    def configure_gradient_clipping(self, optimizer, gradient_clip_val=None, gradient_clip_algorithm=None):
+        """Clips by the norm that `on_before_optimizer_step` has just measured, instead of measuring it again."""
+        if gradient_clip_algorithm == "value":
+            self.clip_gradients(optimizer, gradient_clip_val, gradient_clip_algorithm)
+        elif gradient_clip_val and not self._bad_step:
+            torch.nn.utils.clip_grads_with_norm_(self.parameters(), gradient_clip_val, self.step_stats.grad_norm)
+
     def _any_device(self, bad: Tensor, end: bool) -> tuple[bool, bool]:
         """The two flags, each true where it is on any device: one small exchange a step."""
         if self.world_size > 1 and torch.distributed.is_initialized():

@@ -24,26 +24,13 @@ import torch
 from torch import Tensor
 
 from recipes.data import ManifestBatches, read_audio
-from recipes.options import existing_file
-
-MODEL_KINDS = "a model: a .nemo, or a Lightning .ckpt of a NeMo model"
-# Seconds of padded audio in a batch: one per core on a CPU, where larger ones only leave the cache.
-BATCH_SECONDS = {"cpu": 60.0, "cuda": 960.0}
+# Seconds of padded audio in a batch. On a CPU there is a batch for each core; larger ones only leave its cache.
+BATCH_SECONDS = {"cpu": 120.0, "cuda": 960.0}
 MIN_BATCH_SAMPLES = 4000  # encoders stumble over batches of a few frames: these are padded, lengths stay
 
 
 class ModelError(RuntimeError):
     """A model that cannot be loaded or has no CTC head. The message is one line."""
-
-
-def check_model_path(path) -> Path:
-    """The path of a model file, checked without opening it. Raises UsageError."""
-    path = existing_file("model", path, MODEL_KINDS)
-    if path.suffix not in (".nemo", ".ckpt"):
-        from recipes.options import UsageError
-
-        raise UsageError(f"model={path}: unknown kind {path.suffix or 'without suffix'!r}; give {MODEL_KINDS}")
-    return path
 
 
 def pick_device(name: str = "auto") -> torch.device:
@@ -153,7 +140,8 @@ class Decoder:
     Args:
         rows: manifest rows with resolved `audio_filepath` and a `duration` in seconds.
         read: (row, sample rate) to mono float32 samples; raises RuntimeError naming the file.
-        batch_seconds: padded seconds of audio in a batch; by default `BATCH_SECONDS` of the device.
+        batch_seconds: padded seconds of audio in a batch; by default `BATCH_SECONDS` of the device, and on a CPU
+            less where that would leave cores idle.
         num_workers: batches at once on a CPU, reading threads beside a GPU; by default torch's threads, or 4.
         on_audio: told the seconds of audio done, after each batch, in this thread.
         on_error: told (row index, error) of audio that cannot be read; without it the first one is raised.
@@ -166,10 +154,14 @@ class Decoder:
         self.model, self.rows, self.read = model, rows, read
         self.device = next(model.parameters()).device
         self.sample_rate = sample_rate_of(model)
-        seconds = batch_seconds or BATCH_SECONDS.get(self.device.type, 60.0)
-        self.groups = ManifestBatches(rows, self.sample_rate, batch_seconds=seconds).groups
         self.on_cpu = self.device.type == "cpu"
         self.workers = num_workers or (torch.get_num_threads() if self.on_cpu else 4)
+        if not batch_seconds:
+            batch_seconds = BATCH_SECONDS.get(self.device.type, 120.0)
+            if self.on_cpu:  # at least four batches for each core, so that all end at about the same time
+                share = sum(row["duration"] for row in rows) / (4 * self.workers)
+                batch_seconds = min(batch_seconds, max(share, 20.0))
+        self.groups = ManifestBatches(rows, self.sample_rate, batch_seconds=batch_seconds).groups
         self.on_audio = on_audio or (lambda seconds: None)
         self.on_error = on_error
         self.decoding = greedy_decoding(model)
@@ -269,7 +261,11 @@ class Decoder:
         if not kept:
             return
         self._longest = max(self._longest, audio_BT.shape[1])
-        log_probs_BTV, encoded_lengths = log_probs(self.model, audio_BT.to(self.device), lengths.to(self.device))
+        try:
+            log_probs_BTV, encoded_lengths = log_probs(self.model, audio_BT.to(self.device), lengths.to(self.device))
+        except torch.cuda.OutOfMemoryError as error:
+            seconds = audio_BT.numel() / self.sample_rate
+            raise ModelError(f"a batch of {seconds:.0f} s does not fit into the GPU: give batch_seconds below that") from error
         hypotheses = self.decoding.ctc_decoder_predictions_tensor(
             decoder_outputs=log_probs_BTV, decoder_lengths=encoded_lengths, return_hypotheses=False
         )

@@ -9,6 +9,7 @@ from __future__ import annotations
 from dataclasses import asdict, dataclass
 
 import jiwer
+import numpy as np
 
 from manifests.text import normalize
 
@@ -60,3 +61,40 @@ def count_errors(references: list[str], hypotheses: list[str]) -> tuple[ErrorCou
 def _counts(measured) -> ErrorCounts:
     reference = measured.substitutions + measured.deletions + measured.hits
     return ErrorCounts(measured.substitutions, measured.deletions, measured.insertions, reference)
+
+
+def utterance_errors(references: list[str], hypotheses: list[str]) -> tuple[np.ndarray, np.ndarray]:
+    """Word errors and reference words of each utterance, int64 (N) each; the sums are those of `count_errors`."""
+    errors = np.zeros(len(references), dtype=np.int64)
+    words = np.zeros(len(references), dtype=np.int64)
+    pairs = [(normalize(reference), normalize(hypothesis)) for reference, hypothesis in zip(references, hypotheses)]
+    kept = [i for i, (reference, _) in enumerate(pairs) if reference]
+    for i, (reference, hypothesis) in enumerate(pairs):
+        words[i] = len(reference.split())
+        if not reference:
+            errors[i] = len(hypothesis.split())
+    if kept:
+        measured = jiwer.process_words([pairs[i][0] for i in kept], [pairs[i][1] for i in kept])
+        for i, chunks in zip(kept, measured.alignments):
+            errors[i] = sum(
+                max(c.ref_end_idx - c.ref_start_idx, c.hyp_end_idx - c.hyp_start_idx) for c in chunks if c.type != "equal"
+            )
+    return errors, words
+
+
+def bootstrap_interval(errors: np.ndarray, words: np.ndarray, level: float = 0.95, samples: int = 1000, seed: int = 0):
+    """(low, high) of the corpus-level rate when the utterances are drawn again with replacement, or None.
+
+    None where nothing can be drawn: fewer than two utterances or no reference words. Source: Bisani and Ney 2004,
+    "Bootstrap estimates for confidence intervals in ASR performance evaluation". Deterministic for a seed.
+    """
+    count = len(errors)
+    if count < 2 or words.sum() == 0:
+        return None
+    generator = np.random.default_rng(seed)
+    rates = np.empty(samples)
+    for k in range(samples):  # one draw at a time: a matrix of draws would take gigabytes on a large corpus
+        drawn = generator.integers(0, count, count)
+        rates[k] = errors[drawn].sum() / max(words[drawn].sum(), 1)
+    low, high = np.quantile(rates, [(1 - level) / 2, (1 + level) / 2])
+    return float(low), float(high)

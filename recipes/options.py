@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import difflib
 import sys
-from dataclasses import MISSING, field, fields
+from dataclasses import field, fields
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -21,8 +21,8 @@ class UsageError(ValueError):
     """A command line that cannot be run. The message is one line."""
 
 
-def option(help: str, default: Any = MISSING) -> Any:
-    """A field of an options dataclass; without a default it is mandatory."""
+def option(help: str, default: Any) -> Any:
+    """A field of an options dataclass with its default and its line in --help."""
     return field(default=default, metadata={"help": help})
 
 
@@ -99,6 +99,15 @@ def existing_file(key: str, value: Any, what: str) -> Path:
         reason = "is a folder" if path.is_dir() else "no such file"
         hint = f"; for several write {key}=[a,b]" if "," in str(value) and not path.exists() else ""
         raise UsageError(f"{key}={value}: {reason}; give {what}{hint}")
+    return path
+
+
+def existing_model(value: Any) -> Path:
+    """The path of a saved model, by its name and not opened. Raises UsageError."""
+    kinds = "a .nemo, or a Lightning .ckpt of a NeMo model"
+    path = existing_file("model", value, kinds)
+    if path.suffix not in (".nemo", ".ckpt"):
+        raise UsageError(f"model={value}: {path.suffix or 'no suffix'} is no known kind; give {kinds}")
     return path
 
 

@@ -18,6 +18,7 @@ from nemo.core.neural_types import AcousticEncodedRepresentation, LengthsType, N
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from recipes.lengths import valid_mask
 from recipes.recurrent_cpu import recurrence
 
 NORMS = ("batch", "layer", "none")
@@ -83,14 +84,14 @@ class SequenceBatchNorm(nn.Module):
 
     def forward(self, x: Tensor, mask_BT: Tensor) -> Tensor:
         """x (B, T, ..., D) to the same shape; the values on padding frames are finite but mean nothing."""
-        if not self.training:
-            scale = self.weight * torch.rsqrt(self.running_var + self.eps)
-            return x * scale.to(x.dtype) + (self.bias - self.running_mean * scale).to(x.dtype)
-        frames = x[mask_BT].reshape(-1, x.shape[-1])
-        enough = frames.shape[0] > 1
+        D = x.shape[-1]
+        frames = x[mask_BT].reshape(-1, D) if self.training else x.reshape(-1, D)
+        of_batch = self.training and frames.shape[0] > 1
         y = F.batch_norm(
-            frames, self.running_mean, self.running_var, self.weight, self.bias, enough, self.momentum, self.eps
+            frames, self.running_mean, self.running_var, self.weight, self.bias, of_batch, self.momentum, self.eps
         )
+        if not self.training:
+            return y.reshape(x.shape)
         out = torch.zeros(x.shape, dtype=y.dtype, device=x.device)
         out[mask_BT] = y.reshape(-1, *x.shape[2:])
         return out
@@ -111,6 +112,13 @@ class SequenceNorm(nn.Module):
 
     def forward(self, x: Tensor, mask_BT: Tensor) -> Tensor:
         return self.norm(x, mask_BT) if self.kind == "batch" else self.norm(x)
+
+
+def masked_input(audio_signal: Tensor, length: Tensor) -> Tensor:
+    """Features (B, D, T) with zeros on padding frames; at least one frame, so that a batch of nothing passes."""
+    if not torch.jit.is_tracing() and audio_signal.shape[-1] == 0:
+        audio_signal = F.pad(audio_signal, (0, 1))
+    return audio_signal.masked_fill(~valid_mask(length, audio_signal.shape[-1])[:, None, :], 0.0)
 
 
 def reverse_index(lengths: Tensor, max_length: int) -> Tensor:

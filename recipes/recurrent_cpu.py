@@ -79,10 +79,9 @@ class _Recurrence(torch.autograd.Function):
         db_hh = rows.sum(1)
         d16 = rows.to(dtype)
         dw_hh = torch.bmm(d16.transpose(1, 2), states[:, :-1].reshape(K, T * B, H).to(dtype))
-        db_ih = db_hh
+        db_ih = db_hh.clone()  # one tensor for two parameters would be accumulated into twice
         if candidate is not None:
             # the GRU's candidate sees its input outside the reset gate and its state inside
-            db_ih = db_hh.clone()
             db_ih[:, 2 * H :] = candidate.sum((1, 2))
             d_in = d16 if d16 is not rows else rows.clone()
             d_in.view(K, T, B, -1)[..., 2 * H :] = candidate
@@ -95,7 +94,7 @@ class _Recurrence(torch.autograd.Function):
 
 def _gru_forward(kind, gates, states, pad_KTB, recur, b_hh):
     H = states.shape[-1]
-    gates[..., H : 2 * H].masked_fill_(pad_KTB[..., None], _CLOSED)  # z = 1: the state stays as it is
+    gates[..., H : 2 * H][pad_KTB] = _CLOSED  # z = 1: the state stays as it is
     b_n = b_hh[:, None, 2 * H :]
     from_state = torch.empty_like(gates[..., :H])  # the state's part of the candidate, before the reset gate
     rz_s, r_s, z_s, n_s = (
@@ -132,7 +131,7 @@ def _gru_backward(kind, gates, states, pad_KTB, extra, dy, recur_back):
 
 def _lstm_forward(kind, gates, states, pad_KTB, recur, b_hh):
     H = states.shape[-1]
-    gates[..., :H].masked_fill_(pad_KTB[..., None], -_CLOSED)  # i = 0: nothing is written to the cell
+    gates[..., :H][pad_KTB] = -_CLOSED  # i = 0: nothing is written to the cell
     cells, squashed = torch.zeros_like(states), torch.empty_like(gates[..., :H])
     parts = (gates, gates[..., : 2 * H], *gates.split(H, dim=-1))
     cell_s = _steps(cells)
@@ -183,7 +182,7 @@ def _plain_forward(kind, gates, states, pad_KTB, recur, b_hh):
 def _plain_backward(kind, gates, states, pad_KTB, extra, dy, recur_back):
     # gates hold the states before padding was zeroed
     factor = _tanh_grad(torch.ones_like(gates), gates) if kind == "tanh" else (gates > 0).to(gates.dtype)
-    factor.masked_fill_(pad_KTB[..., None], 0.0)
+    factor[pad_KTB] = 0.0
     d_rec = torch.empty_like(factor)
     carry = torch.zeros_like(factor[:, 0])
     for y, f, d in zip(*(reversed(_steps(s)) for s in (dy, factor, d_rec))):

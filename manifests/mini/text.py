@@ -15,7 +15,7 @@ from functools import lru_cache
 
 from manifests.mini.grammar import Grammar, words_of
 
-SIZES = {"train": 1360, "dev": 150, "test-known": 115, "test-unseen-voices": 115, "test-new-words": 120}
+SIZES = {"train": 1280, "dev": 150, "test-known": 115, "test-unseen-voices": 115, "test-new-words": 120}
 TESTS = ("test-known", "test-unseen-voices", "test-new-words")
 SHORTEST, LONGEST = 4, 14  # words
 CAPS = {"the": 0.077, "a": 0.06}  # largest share of the train tokens; other words: CAP

@@ -84,8 +84,9 @@ class RelPositionAttention(nn.Module):
         # neither be copied B times nor have B gradients summed.
         q_v = (q_BTHK + self.bias_v.to(q_BTHK.dtype)) * K**-0.5
         by_distance = torch.bmm(q_v.permute(2, 0, 1, 3).reshape(H, B * T, K), pos_HKP)
-        bias_BHTT = shift_to_keys(by_distance.view(H, B, T, 2 * T)).transpose(0, 1)
-        bias_BHTT = bias_BHTT.masked_fill(pad_BT[:, None, None, :], MASKED)
+        # added, not filled in: the gradient of a sum needs no pass of its own over B x H x T x T numbers
+        masked_BT = torch.zeros_like(pad_BT, dtype=by_distance.dtype).masked_fill(pad_BT, MASKED)
+        bias_BHTT = shift_to_keys(by_distance.view(H, B, T, 2 * T)).transpose(0, 1) + masked_BT[:, None, None]
 
         q_u = q_BTHK + self.bias_u.to(q_BTHK.dtype)
         y_BHTK = F.scaled_dot_product_attention(

@@ -11,6 +11,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from recipes.conformer.depthwise import depthwise_conv
+
 NORMS = ("batch_norm", "layer_norm")
 
 
@@ -81,17 +83,6 @@ class ConvolutionModule(nn.Module):
     def forward(self, x_BTC: Tensor, pad_BT: Tensor) -> Tensor:
         """(B, T, C) with the padding mask (B, T), True on padding, to (B, T, C)."""
         x_BTC = F.glu(self.pointwise_in(x_BTC), dim=-1).masked_fill(pad_BT[..., None], 0.0)
-        x_BTC = self._depthwise(x_BTC)
+        x_BTC = depthwise_conv(x_BTC, self.depthwise.weight[:, 0], self.depthwise.bias, *self.context)
         x_BTC = self.norm(x_BTC, pad_BT) if self.norm_name == "batch_norm" else self.norm(x_BTC)
         return self.pointwise_out(F.silu(x_BTC))
-
-    def _depthwise(self, x_BTC: Tensor) -> Tensor:
-        # As a 2D convolution over an image one pixel high whose channels are last in memory: no transposition, and on
-        # CPU about a tenth of the forward and half of the backward time of conv1d over (B, C, T).
-        left, right = self.context
-        if left != right:
-            x_BTC, left = F.pad(x_BTC, (0, 0, left, right)), 0
-        x_BC1T = x_BTC.transpose(1, 2)[:, :, None]
-        weight = self.depthwise.weight[:, :, None]
-        y_BC1T = F.conv2d(x_BC1T, weight, self.depthwise.bias, padding=(0, left), groups=x_BC1T.shape[1])
-        return y_BC1T[:, :, 0].transpose(1, 2)

@@ -33,6 +33,7 @@ from torch import Tensor, nn
 
 from recipes.conformer.attention import RelPositionAttention, relative_positions
 from recipes.conformer.convolution import NORMS, ConvolutionModule
+from recipes.conformer.dropout import add_branch, dropout
 from recipes.conformer.subsampling import ConvSubsampling
 from recipes.lengths import valid_mask
 
@@ -47,8 +48,7 @@ class FeedForward(nn.Module):
         self.dropout = dropout
 
     def forward(self, x_BTD: Tensor) -> Tensor:
-        hidden = F.dropout(F.silu(self.linear_in(x_BTD)), self.dropout, self.training)
-        return self.linear_out(hidden)
+        return self.linear_out(dropout(F.silu(self.linear_in(x_BTD)), self.dropout, self.training))
 
 
 class ConformerBlock(nn.Module):
@@ -88,7 +88,7 @@ class ConformerBlock(nn.Module):
         return self.norm_out(x_BTD)
 
     def _add(self, x_BTD: Tensor, branch_BTD: Tensor, weight: float) -> Tensor:
-        return torch.add(x_BTD, F.dropout(branch_BTD, self.dropout, self.training), alpha=weight)
+        return add_branch(x_BTD, branch_BTD, self.dropout, self.training, weight)
 
 
 class ConformerEncoder(NeuralModule, Exportable, AccessMixin):
@@ -261,9 +261,9 @@ class ConformerEncoder(NeuralModule, Exportable, AccessMixin):
         pad_Bt = ~valid_mask(length_B, x_BtD.shape[1])
         if self.xscale != 1.0:
             x_BtD = x_BtD * self.xscale
-        x_BtD = F.dropout(x_BtD, self.dropout_pre_encoder, self.training)
+        x_BtD = dropout(x_BtD, self.dropout_pre_encoder, self.training)
         pos_PD = relative_positions(x_BtD.shape[1], self.d_model, x_BtD.device, x_BtD.dtype)
-        pos_PD = F.dropout(pos_PD, self.dropout_emb, self.training)
+        pos_PD = dropout(pos_PD, self.dropout_emb, self.training)
         captured = {}
         for i, layer in enumerate(self.layers):
             x_BtD = layer(x_BtD, pos_PD, pad_Bt)

@@ -76,37 +76,28 @@ class ConvSubsampling(nn.Module):
         length_B = conv_out_length(length_B, KERNEL, STRIDE, PADDING)
         x_BtfC = self._first_stage(x_BTF, length_B)
         for i, conv in enumerate(self.convs):
-            length_B = conv_out_length(length_B, KERNEL, STRIDE, PADDING)
             # a view: channels stay last in memory, the layout in which these kernels are fast on CPU and GPU
             x_BCtf = conv(x_BtfC.permute(0, 3, 1, 2))
-            x_BtfC = x_BCtf.permute(0, 2, 3, 1)
             if self.pointwise:
-                # on rows, because the result of a matrix product of more dimensions is a view to autograd,
-                # and changing a view in place makes its backward several times slower
-                rows = F.linear(x_BtfC.reshape(-1, x_BtfC.shape[-1]), self.pointwise[i].weight, self.pointwise[i].bias)
-                x_BtfC = _mask_relu_(rows, length_B, x_BtfC.shape)
+                x_BtfC = F.relu(self.pointwise[i](x_BCtf.permute(0, 2, 3, 1)))
             else:
-                pad_B1t1 = ~valid_mask(length_B, x_BCtf.shape[2])[:, None, :, None]
-                x_BtfC = x_BCtf.masked_fill_(pad_B1t1, 0.0).relu_().permute(0, 2, 3, 1)
+                x_BtfC = x_BCtf.relu_().permute(0, 2, 3, 1)
+            length_B = conv_out_length(length_B, KERNEL, STRIDE, PADDING)
+            if i < len(self.convs) - 1:  # what no convolution reads needs no zeros
+                x_BtfC = x_BtfC.masked_fill(~valid_mask(length_B, x_BtfC.shape[1])[..., None, None], 0.0)
         return self.out(x_BtfC.flatten(2))
 
     def _first_stage(self, x_BTF: Tensor, length_B: Tensor) -> Tensor:
+        """Convolution and ReLU, padded frames zero: (B, T, F) to (B, t, f, C)."""
         if x_BTF.device.type != "cpu" or torch.jit.is_tracing():
-            x_BCtf = self.first(x_BTF[:, None])
-            pad_B1t1 = ~valid_mask(length_B, x_BCtf.shape[2])[:, None, :, None]
-            x_BCtf = x_BCtf.masked_fill_(pad_B1t1, 0.0).relu_()
-            return x_BCtf.permute(0, 2, 3, 1).contiguous()
-        # One input channel: on CPU a product of the 3x3 patches with a row-major (9, C) matrix takes a fifth of the
-        # time of the convolution and its backward, and leaves the channels last.
-        patches = F.pad(x_BTF, (PADDING,) * 4).unfold(1, KERNEL, STRIDE).unfold(2, KERNEL, STRIDE)
-        weight = self.first.weight.flatten(1).t().contiguous()
-        rows = torch.addmm(self.first.bias, patches.reshape(-1, KERNEL * KERNEL), weight)
-        return _mask_relu_(rows, length_B, (*patches.shape[:3], weight.shape[1]))
-
-
-def _mask_relu_(rows: Tensor, length_B: Tensor, shape: tuple[int, ...]) -> Tensor:
-    """Rows (B*t*f, C) to (B, t, f, C), padded frames zero; in place, in the order that autograd allows."""
-    batch, frames, bins, channels = shape
-    pad_Bt1 = ~valid_mask(length_B, frames)[..., None]
-    pad_rows = pad_Bt1.expand(batch, frames, bins).reshape(-1, 1)
-    return rows.masked_fill_(pad_rows, 0.0).relu_().view(batch, frames, bins, channels)
+            x_BtfC = F.relu(self.first(x_BTF[:, None])).permute(0, 2, 3, 1)
+            return x_BtfC.masked_fill(~valid_mask(length_B, x_BtfC.shape[1])[..., None, None], 0.0).contiguous()
+        # This is the largest tensor of the whole network. With one input channel, a product of 3x3 patches with a
+        # row-major matrix takes a fifth of the time of the convolution and its backward on CPU and leaves the channels
+        # last. The bias is a row of that matrix, so that patches of zeros give the zeros of the padded frames.
+        patches = F.pad(x_BTF, (PADDING,) * 4).unfold(1, KERNEL, STRIDE).unfold(2, KERNEL, STRIDE).flatten(3)
+        patches = F.pad(patches, (0, 1), value=1.0)
+        patches = patches.masked_fill_(~valid_mask(length_B, patches.shape[1])[..., None, None], 0.0)
+        weight = torch.cat((self.first.weight.flatten(1).t(), self.first.bias[None]))
+        # on rows: the product of more dimensions is a view to autograd, slow to change in place
+        return torch.mm(patches.flatten(0, 2), weight).relu_().view(*patches.shape[:3], -1)

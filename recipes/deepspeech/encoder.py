@@ -6,12 +6,23 @@ Shapes: B batch, D features (mel bins), T time (frames), H hidden units.
 
 from __future__ import annotations
 
+import torch
 from nemo.core.classes.common import typecheck
 from torch import Tensor, nn
 from torch.nn import functional as F
 
 from recipes.lengths import conv_out_length, valid_mask
-from recipes.recurrent import MERGES, NORMS, RNN_TYPES, CTCEncoder, RecurrentLayer, SequenceNorm, at_least, one_of
+from recipes.recurrent import (
+    MERGES,
+    NORMS,
+    RNN_TYPES,
+    CTCEncoder,
+    RecurrentLayer,
+    SequenceNorm,
+    at_least,
+    masked_input,
+    one_of,
+)
 
 INITS = ("stable", "torch")
 
@@ -124,12 +135,11 @@ class DeepSpeechEncoder(CTCEncoder):
     @typecheck()
     def forward(self, audio_signal: Tensor, length: Tensor):
         """Features (B, D, T) with lengths (B) in frames to (outputs (B, D', T'), encoded_lengths (B))."""
-        T_in = audio_signal.shape[-1]
         length = length.long()
-        used = length if self.use_lengths else length.new_full(length.shape, T_in)
-        x = audio_signal.masked_fill(~valid_mask(used, T_in)[:, None, :], 0.0).transpose(1, 2)
+        used = length if self.use_lengths else torch.zeros_like(length) + audio_signal.shape[-1]
+        x = masked_input(audio_signal, used).transpose(1, 2)
         length, used = self.output_lengths(length), self.output_lengths(used)
-        mask_BT = valid_mask(used, self.output_lengths(T_in))
+        mask_BT = valid_mask(used, self.output_lengths(x.shape[1]))
         for layer in self.dense:
             x = layer(x, mask_BT)
         x = self.rnn_norm(self.rnn(x, used, mask_BT), mask_BT)

@@ -25,14 +25,19 @@ def clock(seconds: float) -> str:
 
 def error_table(metrics: dict) -> list[str]:
     """Markdown rows of WER and CER by manifest, and over all of them."""
-    lines = ["| test set | utterances | WER % (95 % interval) | CER % | sub | del | ins |", "|---|---|---|---|---|---|---|"]
-    for name, part in [*metrics["manifests"].items(), ("all", metrics["overall"])]:
-        if part.get("wer") is None:
+    lines = [
+        "| test set | utterances | WER % | 95 % interval | CER % | subs | dels | ins | words |",
+        "|---|---:|---:|---:|---:|---:|---:|---:|---:|",
+    ]
+    for part in [*metrics["manifests"], {**metrics["overall"], "name": "all"}]:
+        if part["words"] is None:
             continue
-        low, high = part["wer_interval"]
+        low, high = part["wer_interval"] or (float("nan"), float("nan"))
+        words = part["words"]
         lines.append(
-            f"| {name} | {part['utterances']} | {part['wer']:.2%} ({low:.2%} to {high:.2%}) | {part['cer']:.2%} | "
-            f"{part['substitutions']} | {part['deletions']} | {part['insertions']} |".replace("%", "")
+            f"| {part['name']} | {part['utterances']} | {100 * part['wer']:.2f} | {100 * low:.2f} to {100 * high:.2f} | "
+            f"{100 * part['cer']:.2f} | {words['substitutions']} | {words['deletions']} | {words['insertions']} | "
+            f"{words['reference']} |"
         )
     return lines
 
@@ -52,12 +57,12 @@ def training(folder: Path) -> list[str]:
     return lines
 
 
-def transcripts(folder: Path, metrics: dict) -> list[str]:
+def transcripts(metrics: dict) -> list[str]:
     """Reference and hypothesis of a few utterances of each manifest, spread over it."""
     lines = []
-    for name, part in metrics["manifests"].items():
+    for part in metrics["manifests"]:
         rows = [row for row in read_manifest(part["predictions"]) if row["text"]]
-        lines.append(f"{name}:")
+        lines.append(f"{part['name']}:")
         for at in range(min(PAIRS, len(rows))):
             row = rows[(2 * at + 1) * len(rows) // (2 * PAIRS)]
             lines += [f"  reference   {row['text']}", f"  hypothesis  {row['pred_text']}"]
@@ -77,9 +82,9 @@ def report(folder: Path) -> Path:
     metrics_path = folder / "evaluation" / "metrics.json"
     if metrics_path.is_file():
         metrics = json.loads(metrics_path.read_text())
-        lines += ["", *error_table(metrics), "", "```", *transcripts(folder, metrics), "```"]
-    outputs = [name for name in ("config.yaml", "curve.csv", "curve.png", "evaluation", f"{folder.name.split('_mini')[0]}.nemo")
-               if (folder / name).exists()]
+        lines += ["", *error_table(metrics), "", "```", *transcripts(metrics), "```"]
+    kept = ["config.yaml", "curve.csv", "curve.png", "evaluation", *sorted(path.name for path in folder.glob("*.nemo"))]
+    outputs = [name for name in kept if (folder / name).exists()]
     lines += ["", f"Outputs in `{folder}`: {', '.join(outputs)}."]
     out = folder / "report.md"
     part = out.with_suffix(".part")

@@ -40,7 +40,8 @@ def draw(runs: dict[str, Path], out: Path) -> None:
     panels = [
         (axes[0, 0], "loss, nats a character", [("loss_per_char", "train", "-"), ("val_loss", "validation", "--")]),
         (axes[0, 1], "validation error rate, %", [("val_wer", "WER", "-"), ("val_cer", "CER", "--")]),
-        (axes[1, 0], "frames whose best symbol is blank, %", [("blank_rate", "train", "-"), ("val_blank_rate", "validation", "--")]),
+        (axes[1, 0], "frames whose best symbol is blank, %",
+         [("blank_rate", "train", "-"), ("val_blank_rate", "validation", "--")]),
         (axes[1, 1], "learning rate", [("learning_rate", "", "-")]),
     ]
     for at, (name, path) in enumerate(runs.items()):
@@ -52,8 +53,9 @@ def draw(runs: dict[str, Path], out: Path) -> None:
                 if points:
                     steps, values = zip(*points)
                     text = " ".join(part for part in ((name if len(runs) > 1 else ""), label) if part)
+                    marker = "o" if len(points) < 25 and column.startswith("val") else None
                     axis.plot(steps, [value * scale for value in values], style, color=colours[at], label=text or None,
-                              linewidth=1.4, marker="o" if len(points) < 25 and column.startswith("val") else None, markersize=3)
+                              linewidth=1.4, marker=marker, markersize=3)
             axis.set_title(title, loc="left", fontsize=9)
     axes[0, 0].axhline(LETTER_FREQUENCY_LOSS, color="grey", linewidth=0.8, linestyle=":")
     axes[0, 0].text(0.99, LETTER_FREQUENCY_LOSS, "letter frequencies only", transform=axes[0, 0].get_yaxis_transform(),

@@ -1,0 +1,196 @@
+"""Text of audio files or folders, by greedy decoding.
+
+    python recipes/transcribe.py model=x.nemo audio=[file.wav,folder] [output=out.json|out.txt]
+
+Prints `path<TAB>text` lines, or saves them (.txt), or saves a manifest with `pred_text` (.json). Reads wav, flac, mp3,
+ogg and opus of any sample rate; several channels are averaged. A folder is searched with its subfolders. What cannot be
+read is reported, the rest is transcribed, and the exit status is 1.
+"""
+
+from __future__ import annotations
+
+import os
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Optional
+
+if not __package__:  # started by path: the project's root in place of this folder, whose nemo.py would hide NeMo
+    sys.path[0] = str(Path(__file__).resolve().parent.parent)
+
+from manifests.schema import write_atomic, write_manifest
+from recipes.options import (
+    EXIT_FAILED, EXIT_USAGE, UsageError, existing_model, fail, option, parse, path_list, positive, required
+)
+from recipes.quiet import quiet_imports
+from recipes.threads import set_threads
+
+SUFFIXES = (".wav", ".flac", ".mp3", ".ogg", ".opus")
+OUTPUTS = (".txt", ".json")
+
+
+@dataclass
+class Options:
+    """What `python recipes/transcribe.py` takes."""
+
+    model: str = required(".nemo file, or a Lightning .ckpt")
+    audio: Any = required("one audio file or folder, or a list of them, [a.wav,folder]")
+    output: Optional[str] = option("file to save to: .txt with path<TAB>text, .json for a manifest", None)
+    batch_seconds: Optional[float] = option("padded seconds of audio in a batch, by default chosen for the device", None)
+    device: str = option("auto, cpu, cuda or cuda:N", "auto")
+    num_workers: Optional[int] = option("batches at once on a CPU, reading threads beside a GPU", None)
+
+
+def note(message: str) -> None:
+    """One line on stderr: stdout carries transcripts only."""
+    print(f"transcribe.py: {message}", file=sys.stderr)
+
+
+def find_audio(paths: list[Path]) -> tuple[list[Path], list[str]]:
+    """(files, problems): the files as given, and those of folders sorted by path; each file once."""
+    files: dict[Path, None] = {}
+    problems = []
+    for path in paths:
+        if path.is_dir():
+            inside = sorted(p for p in path.rglob("*") if p.suffix.lower() in SUFFIXES and p.is_file())
+            if not inside:
+                problems.append(f"{path}: no audio in this folder ({', '.join(SUFFIXES)})")
+            files.update(dict.fromkeys(inside))
+        elif path.is_file():
+            files[path] = None
+        else:
+            problems.append(f"{path}: no such file or folder")
+    return list(files), problems
+
+
+def probe(path: Path) -> dict:
+    """A row with the duration in seconds and the channels by the file's header. Raises RuntimeError."""
+    import soundfile
+
+    try:
+        info = soundfile.info(str(path))
+    except Exception as error:  # soundfile raises several unrelated kinds
+        raise RuntimeError(f"{path}: not readable as audio ({error})") from error
+    if info.frames < 1:
+        raise RuntimeError(f"{path}: no samples")
+    return {"audio_filepath": str(path), "duration": info.frames / info.samplerate, "channels": info.channels}
+
+
+def read_mono(row: dict, sample_rate: int):
+    """Float32 samples of a whole file at `sample_rate`, channels averaged. Raises RuntimeError naming the file."""
+    import numpy as np
+    import soundfile
+    import soxr
+
+    try:
+        samples, rate = soundfile.read(row["audio_filepath"], dtype="float32", always_2d=True)
+    except Exception as error:
+        raise RuntimeError(f"{row['audio_filepath']}: not readable as audio ({error})") from error
+    samples = samples[:, 0] if samples.shape[1] == 1 else samples.mean(axis=1)
+    if not np.isfinite(samples).all():
+        raise RuntimeError(f"{row['audio_filepath']}: holds samples that are not finite")
+    return samples if rate == sample_rate else soxr.resample(samples, rate, sample_rate)
+
+
+def transcribe(model, files: list[Path], *, batch_seconds: float | None = None, num_workers: int | None = None,
+               progress: bool = False, on_error=None) -> list[dict]:
+    """Rows (`audio_filepath`, `duration` in seconds, `pred_text`) of the files that could be read, in their order.
+
+    `on_error` is told one line about each of the others; without it the first raises RuntimeError.
+    """
+    from tqdm import tqdm
+
+    from recipes.decode import Decoder
+
+    def report(error: Exception) -> None:
+        if on_error is None:
+            raise error
+        on_error(str(error))
+
+    rows = []
+    for path in files:
+        try:
+            rows.append(probe(path))
+        except RuntimeError as error:
+            report(error)
+    total = round(sum(row["duration"] for row in rows))
+    with tqdm(total=total, unit="s", unit_scale=True, desc="seconds of audio", disable=not progress, leave=False) as bar:
+        decoder = Decoder(
+            model, rows, read=read_mono, batch_seconds=batch_seconds, num_workers=num_workers, on_audio=bar.update,
+            on_error=lambda index, error: report(error),
+        )
+        texts = decoder.run()
+    for i in decoder.short:
+        report(RuntimeError(f"{rows[i]['audio_filepath']}: {rows[i]['duration']:.3f} s is too short to hold speech"))
+    return [
+        {"audio_filepath": row["audio_filepath"], "duration": row["duration"], "pred_text": text}
+        for i, (row, text) in enumerate(zip(rows, texts)) if text is not None and i not in decoder.short
+    ]
+
+
+def save(path: Path, rows: list[dict]) -> None:
+    """Writes .txt (path<TAB>text) or .json (a manifest, absolute paths), whole or not at all."""
+    if path.suffix == ".txt":
+        write_atomic(path, "".join(f"{row['audio_filepath']}\t{row['pred_text']}\n" for row in rows).encode())
+    else:
+        rows = [{**row, "audio_filepath": os.path.abspath(row["audio_filepath"])} for row in rows]
+        write_manifest(path, rows, required=("audio_filepath", "duration"))
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """Transcribes; returns the exit status: 0, or 1 where some file could not be read."""
+    try:
+        options = parse(Options, list(sys.argv[1:] if arguments is None else arguments), __doc__)
+        positive("batch_seconds", options.batch_seconds)
+        positive("num_workers", options.num_workers)
+        model_path = existing_model(options.model)
+        output = Path(options.output).expanduser() if options.output else None
+        if output and output.suffix not in OUTPUTS:
+            raise UsageError(f"output={output}: give a name that ends in {' or '.join(OUTPUTS)}")
+        files, problems = find_audio(path_list("audio", options.audio))
+    except UsageError as error:
+        fail("transcribe.py", error, EXIT_USAGE)
+    for problem in problems:
+        note(problem)
+    if not files:
+        fail("transcribe.py", "nothing to transcribe", EXIT_FAILED)
+    set_threads()
+    quiet_imports()
+    from recipes.decode import ModelError, load_model
+
+    stereo = [row["audio_filepath"] for row in map(_probe_or_nothing, files) if row and row["channels"] > 1]
+    if stereo:
+        more = f" and {len(stereo) - 1} more" if len(stereo) > 1 else ""
+        note(f"{stereo[0]}{more}: several channels, averaged")
+
+    def on_error(message: str) -> None:
+        problems.append(message)
+        note(message)
+
+    try:
+        model = load_model(model_path, options.device)
+        rows = transcribe(
+            model, files, batch_seconds=options.batch_seconds, num_workers=options.num_workers,
+            progress=sys.stderr.isatty(), on_error=on_error,
+        )
+        if output:
+            save(output, rows)
+    except (ModelError, OSError, ValueError) as error:
+        fail("transcribe.py", error, EXIT_FAILED)
+    if output:
+        print(f"{output}: {len(rows)} files")
+    else:
+        for row in rows:
+            print(f"{row['audio_filepath']}\t{row['pred_text']}")
+    return EXIT_FAILED if problems else 0
+
+
+def _probe_or_nothing(path: Path) -> dict | None:
+    try:
+        return probe(path)
+    except RuntimeError:
+        return None
+
+
+if __name__ == "__main__":
+    sys.exit(main())

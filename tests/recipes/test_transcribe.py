@@ -1,0 +1,114 @@
+"""Audio files and folders to text: any rate, any number of channels, and the rest goes on when one file is bad."""
+
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+import soundfile
+
+from recipes import transcribe
+from recipes.transcribe import find_audio, read_mono
+from tests.recipes import tiny
+from tests.recipes.tiny import RATE, write_audio
+
+
+@pytest.fixture(scope="module")
+def saved(tmp_path_factory) -> Path:
+    path = tmp_path_factory.mktemp("model") / "tiny.nemo"
+    tiny.model().save_to(str(path))
+    return path
+
+
+def run(capsys, *arguments) -> tuple[int, str, str]:
+    """(exit status, stdout, stderr), in this process."""
+    try:
+        status = transcribe.main(list(map(str, arguments)))
+    except SystemExit as end:
+        status = end.code
+    captured = capsys.readouterr()
+    return status, captured.out, captured.err
+
+
+def test_folders_are_searched_sorted_and_every_file_comes_once(tmp_path):
+    for name in ("b/2.wav", "b/1.flac", "a/deep/x.ogg", "b/notes.txt", "top.WAV"):
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / name).touch()
+    (tmp_path / "silent").mkdir()
+    files, problems = find_audio([tmp_path / "b" / "2.wav", tmp_path, tmp_path / "silent", tmp_path / "gone.wav"])
+    assert [str(f.relative_to(tmp_path)) for f in files] == ["b/2.wav", "a/deep/x.ogg", "b/1.flac", "top.WAV"]
+    assert problems == [
+        f"{tmp_path}/silent: no audio in this folder (.wav, .flac, .mp3, .ogg, .opus)",
+        f"{tmp_path}/gone.wav: no such file or folder",
+    ]
+
+
+@pytest.mark.parametrize("suffix, subtype", [(".wav", None), (".flac", None), (".ogg", "VORBIS"), (".mp3", None), (".opus", "OPUS")])
+def test_formats_are_read_at_the_models_rate(tmp_path, suffix, subtype):
+    path = tmp_path / f"tone{suffix}"
+    tone = 0.5 * np.sin(2 * np.pi * 440 * np.arange(48000) / 48000)
+    soundfile.write(path, tone, 48000, format="OGG" if suffix == ".opus" else None, subtype=subtype)
+    samples = read_mono({"audio_filepath": str(path)}, RATE)
+    assert samples.dtype == np.float32 and len(samples) == pytest.approx(RATE, rel=0.1)
+    peak = np.abs(np.fft.rfft(samples[:RATE])).argmax() * RATE / len(samples[:RATE])
+    assert peak == pytest.approx(440, abs=5)
+
+
+def test_channels_are_averaged(tmp_path):
+    left, right = np.full(400, 0.5), np.full(400, -0.25)
+    soundfile.write(tmp_path / "stereo.wav", np.stack([left, right], axis=1), RATE, subtype="FLOAT")
+    assert np.allclose(read_mono({"audio_filepath": str(tmp_path / "stereo.wav")}, RATE), 0.125)
+
+
+def test_paths_and_texts_go_to_stdout_in_order_and_equal_nemos(saved, tmp_path, capsys):
+    files = [write_audio(tmp_path / f"{name}.wav", seconds, seed=i) for i, (name, seconds) in enumerate(
+        [("z", 0.5), ("m", 2.0), ("a", 1.1)])]
+    listed = f"audio=[{files[0]},{files[1]},{files[2]}]"
+    status, out, err = run(capsys, f"model={saved}", listed, "device=cpu")
+    assert status == 0 and err == ""
+    lines = [line.split("\t") for line in out.splitlines()]
+    assert [line[0] for line in lines] == list(map(str, files))
+    expected = tiny.model().transcribe([str(f) for f in files], batch_size=1, verbose=False)
+    assert [line[1] for line in lines] == [hypothesis.text for hypothesis in expected]
+
+
+def test_bad_files_are_named_and_the_others_transcribed(saved, tmp_path, capsys):
+    good = write_audio(tmp_path / "in" / "good.flac", 0.8)
+    stereo = write_audio(tmp_path / "in" / "stereo.wav", 0.8, channels=2)
+    (tmp_path / "in" / "broken.wav").write_text("no audio")
+    soundfile.write(tmp_path / "in" / "empty.wav", np.zeros(0), RATE)
+    whole = write_audio(tmp_path / "in" / "truncated.flac", 3.0).read_bytes()
+    (tmp_path / "in" / "truncated.flac").write_bytes(whole[: len(whole) // 3])
+    write_audio(tmp_path / "in" / "click.wav", 0.004)
+    status, out, err = run(capsys, f"model={saved}", f"audio=[{tmp_path}/in,{tmp_path}/gone.wav]", "device=cpu")
+    assert status == 1
+    assert [line.split("\t")[0] for line in out.splitlines() if "truncated" not in line] == [str(good), str(stereo)]
+    for said in ("gone.wav: no such file", "broken.wav: not readable", "empty.wav: no samples",
+                 "click.wav: 0.004 s is too short", "stereo.wav: several channels, averaged"):
+        assert err.count(said) == 1, err
+    assert all(line.startswith("transcribe.py: ") for line in err.splitlines())
+
+
+def test_output_is_text_or_a_manifest(saved, tmp_path, capsys):
+    audio = write_audio(tmp_path / "one.wav", 1.0)
+    _, printed, _ = run(capsys, f"model={saved}", f"audio={audio}", "device=cpu")
+    status, out, _ = run(capsys, f"model={saved}", f"audio={audio}", f"output={tmp_path}/o.txt", "device=cpu")
+    assert status == 0 and (tmp_path / "o.txt").read_text() == printed and "o.txt: 1 files" in out
+    status, _, _ = run(capsys, f"model={saved}", f"audio={audio}", f"output={tmp_path}/o.json", "device=cpu")
+    row = json.loads((tmp_path / "o.json").read_text())
+    assert status == 0 and row["audio_filepath"] == str(audio) and row["duration"] == 1.0
+    assert row["pred_text"] == printed.rstrip("\n").split("\t")[1]
+
+
+def test_bad_arguments_are_one_line(saved, tmp_path, capsys):
+    audio = write_audio(tmp_path / "a.wav", 0.3)
+    for arguments, status, said in (
+        ([f"model={saved}"], 2, "missing mandatory option: give audio=..."),
+        ([f"model={saved}", f"audio={audio}", "output=x.csv"], 2, "give a name that ends in .txt or .json"),
+        ([f"model={saved}", f"audo={audio}"], 2, "did you mean audio?"),
+        ([f"model={tmp_path}", f"audio={audio}"], 2, "is a folder"),
+    ):
+        found = run(capsys, *arguments)
+        assert found[0] == status and said in found[2] and found[2].count("\n") == 1 and found[1] == ""
+    status, out, err = run(capsys, f"model={saved}", f"audio={tmp_path}/gone.wav")
+    assert status == 1 and err.splitlines()[-1] == "transcribe.py: nothing to transcribe" and out == ""

@@ -1,0 +1,64 @@
+"""The report of a run from its folder alone."""
+
+import json
+
+import pytest
+
+from tools.report.__main__ import error_table, main
+from tools.report.curve import draw, read_curve
+
+HEADER = ("step,seconds,loss,loss_per_char,blank_rate,learning_rate,grad_norm,audio_seconds_per_second,memory_mb,"
+          "val_loss,val_wer,val_cer,val_blank_rate\n")
+CURVE = HEADER + "10,2.5,3.1,3.1,0.9,0.001,2.0,80,900,,,,\n20,5.0,2.5,2.5,0.5,0.002,1.5,82,900,,,,\n20,6.0,,,,,,,,2.4,0.8,0.3,0.4\n"
+
+
+@pytest.fixture
+def run(tmp_path):
+    folder = tmp_path / "deepspeech2_mini"
+    (folder / "evaluation").mkdir(parents=True)
+    (folder / "curve.csv").write_text(CURVE)
+    predictions = folder / "evaluation" / "predictions_test.json"
+    rows = [{"audio_filepath": "a.flac", "duration": 1.0, "text": "a b", "pred_text": "a c"}]
+    predictions.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    part = {"utterances": 1, "wer": 0.5, "cer": 1 / 3, "wer_interval": [0.5, 0.5],
+            "words": {"substitutions": 1, "deletions": 0, "insertions": 0, "reference": 2}}
+    metrics = {"manifests": [{"name": "test", "predictions": str(predictions), **part}], "overall": part}
+    (folder / "evaluation" / "metrics.json").write_text(json.dumps(metrics))
+    (folder / "one_batch.json").write_text(json.dumps({"batch": {"utterances": 8, "step": 50}}))
+    return folder
+
+
+def test_report_holds_table_transcripts_and_what_was_trained(run, capsys):
+    assert main([str(run)]) == 0
+    text = (run / "report.md").read_text()
+    for words in ("| test | 1 | 50.00 | 50.00 to 50.00 | 33.33 | 1 | 0 | 0 | 2 |", "reference   a b", "hypothesis  a c",
+                  "Trained 20 steps", "8 utterances was learned by heart in 50 steps"):
+        assert words in text
+    assert (run / "curve.png").read_bytes().startswith(b"\x89PNG")
+    assert str(run / "report.md") in capsys.readouterr().out
+
+
+def test_curve_keeps_each_column_to_its_own_steps(run):
+    columns = read_curve(run / "curve.csv")
+    assert columns["loss_per_char"] == [(10, 3.1), (20, 2.5)] and columns["val_wer"] == [(20, 0.8)]
+
+
+def test_a_broken_curve_names_file_and_line(run, capsys):
+    (run / "curve.csv").write_text(CURVE.replace("2.5,2.5,0.5", "2.5,oops,0.5"))
+    assert main([str(run)]) == 1
+    assert "curve.csv:3: loss_per_char is 'oops'" in capsys.readouterr().err
+
+
+def test_a_folder_without_a_run_is_one_line(tmp_path, capsys):
+    assert main([str(tmp_path)]) == 1
+    assert capsys.readouterr().err.count("\n") == 1
+
+
+def test_a_manifest_without_text_has_no_row():
+    part = {"name": "x", "words": None}
+    assert len(error_table({"manifests": [part], "overall": part})) == 2
+
+
+def test_several_runs_share_a_picture(run, tmp_path):
+    draw({"one": run / "curve.csv", "two": run / "curve.csv"}, tmp_path / "both.png")
+    assert (tmp_path / "both.png").stat().st_size > 10_000
