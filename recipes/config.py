@@ -17,6 +17,17 @@ CONF = ROOT / "conf"
 # Set by train.py itself after the check.
 COMPUTED = {"model.train_ds.batch_duration", "model.optim.sched.warmup_steps", "model.optim.sched.min_lr"}
 
+
+def cpu_precision() -> str:
+    """`bf16-mixed` where this CPU multiplies in bfloat16, else `32`; Linux says so in /proc/cpuinfo."""
+    try:
+        flags = Path("/proc/cpuinfo").read_text()
+    except OSError:
+        return "32"
+    return "bf16-mixed" if "avx512_bf16" in flags or "amx_bf16" in flags else "32"
+
+
+OmegaConf.register_new_resolver("cpu_precision", cpu_precision, replace=True)
 OmegaConf.register_new_resolver("len", lambda items: len(items), replace=True)
 
 

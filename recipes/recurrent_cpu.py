@@ -54,7 +54,8 @@ class _Recurrence(torch.autograd.Function):
         w_t = w_hh16.transpose(1, 2)
 
         def recur(h: Tensor) -> Tensor:
-            return torch.bmm(h.to(product_dtype), w_t)
+            # widened here: an addition of mixed types is three times as slow as the conversion and a plain one
+            return torch.bmm(h.to(product_dtype), w_t).to(state_dtype)
 
         run = {"gru": _gru_forward, "lstm": _lstm_forward}.get(kind, _plain_forward)
         extra = run(kind, gates, states, pad_KTB, recur, b_hh)
@@ -72,7 +73,7 @@ class _Recurrence(torch.autograd.Function):
         run = {"gru": _gru_backward, "lstm": _lstm_backward}.get(kind, _plain_backward)
 
         def recur_back(d_gates: Tensor) -> Tensor:
-            return torch.bmm(d_gates.to(dtype), w_hh16)
+            return torch.bmm(d_gates.to(dtype), w_hh16).to(gates.dtype)
 
         d_rec, candidate = run(kind, gates, states, pad_KTB, extra, dy, recur_back)
         rows = d_rec.view(K, T * B, -1)

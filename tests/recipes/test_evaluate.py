@@ -371,3 +371,33 @@ def test_real_speech_with_a_model_of_ours_in_a_fresh_process(librispeech_sample,
     written = read_manifest(tmp_path / "evaluation" / "predictions_real speech.json")
     assert [row["pred_text"] for row in written] == decode(ours, rows)
     assert metrics["overall"]["words"]["reference"] == sum(len(row["text"].split()) for row in rows)
+
+
+def test_sentencepiece_models_are_decoded_as_nemo_decodes_them(rows, tmp_path):
+    import sentencepiece
+    from omegaconf import OmegaConf, open_dict
+
+    from recipes.ctc_model import CTCModelBPE
+    from recipes.decode import load_model
+
+    text = tmp_path / "text.txt"
+    text.write_text("the cat sat on the mat\nthe dog ran to the cat\na bat and a rat sat and ran\n" * 5)
+    sentencepiece.SentencePieceTrainer.train(
+        input=str(text), model_prefix=str(tmp_path / "tokenizer"), vocab_size=32, model_type="bpe", minloglevel=2
+    )
+    pieces = sentencepiece.SentencePieceProcessor(model_file=str(tmp_path / "tokenizer.model"))
+    vocabulary = [pieces.id_to_piece(i) for i in range(pieces.get_piece_size())]
+    (tmp_path / "vocab.txt").write_text("\n".join(vocabulary))
+    cfg = tiny.config()
+    with open_dict(cfg):
+        cfg.tokenizer = OmegaConf.create({"dir": str(tmp_path), "type": "bpe"})
+        cfg.decoder.vocabulary = []
+        cfg.decoder.num_classes = -1
+    torch.manual_seed(0)
+    CTCModelBPE(cfg).save_to(str(tmp_path / "bpe.nemo"))
+    loaded = load_model(tmp_path / "bpe.nemo", "cpu")
+    assert type(loaded) is CTCModelBPE
+    texts = decode(loaded, rows, num_workers=2, batch_seconds=1.0)
+    assert texts == one_by_one(loaded, rows) and len(set(texts)) > 1
+    metrics = evaluate_model(loaded, write_rows(tmp_path / "m.json", rows), progress=False)
+    assert [pair["hypothesis"] for pair in metrics["pairs"]] == texts

@@ -57,11 +57,11 @@ def test_onnx_is_a_valid_graph_with_named_inputs_and_free_sizes(tmp_path):
 
 def test_an_encoder_that_drops_its_masks_is_said_to(tmp_path):
     """NeMo turns the masks of ConvASREncoder off at export: right for one length, wrong for padded batches."""
-    import copy
+    from recipes.decode import load_model
 
-    described = export_model(copy.deepcopy(tiny.model()), tmp_path / "x.ts")
+    tiny.model().save_to(str(tmp_path / "x.nemo"))
+    described = export_model(load_model(tmp_path / "x.nemo", "cpu"), tmp_path / "x.ts")
     assert "not masked" in described["padding"] and "within" in described["verified"]
-    assert tiny.model().encoder.encoder[0].mconv[0].use_mask  # the copy was changed, not the model
 
 
 def test_a_network_that_computes_something_else_is_not_written(tmp_path):
