@@ -43,6 +43,11 @@ class Progress(Callback):
         self.seconds = 0.0  # of training, over all sittings
         self.validation: dict[str, float] = {}
         self.rows: list[dict] = []
+        # Read now: exp_manager moves the files of an earlier sitting to run_0, run_1, ... before training starts.
+        self._earlier: list[dict] = []
+        if self.path.is_file():
+            with open(self.path, newline="") as file:
+                self._earlier = [row for row in csv.DictReader(file) if row["step"]]
         self._mark = self._printed = None
         self._since: dict | None = None
 
@@ -54,9 +59,8 @@ class Progress(Callback):
 
     def on_train_start(self, trainer, model):
         self.rows = []
-        if trainer.is_global_zero and trainer.global_step and self.path.is_file():
-            with open(self.path, newline="") as file:
-                self.rows = [row for row in csv.DictReader(file) if int(row["step"]) <= trainer.global_step]
+        if trainer.global_step:
+            self.rows = [row for row in self._earlier if int(row["step"]) <= trainer.global_step]
         if trainer.is_global_zero:
             self._write()
             if trainer.global_step:

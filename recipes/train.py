@@ -165,6 +165,11 @@ def fill_in(cfg) -> None:
             raise ConfigError(f"{paths}: no utterance between {train.min_duration} and {train.max_duration} s")
         steps_a_pass = max(round(seconds / cfg.training.global_batch_seconds), 1)
         trainer.max_steps = max(int(steps_a_pass * cfg.training.epochs), 1)
+    if trainer.val_check_interval is None:
+        # So spaced that the last validation is after the last step, when the learning rate is lowest.
+        count = max(min(int(cfg.training.validations), trainer.max_steps), 1)
+        trainer.val_check_interval = trainer.max_steps // count
+        trainer.max_steps = trainer.val_check_interval * count
     schedule = cfg.model.optim.sched
     schedule.warmup_steps = max(int(cfg.training.warmup_share * trainer.max_steps), 1)
     schedule.min_lr = cfg.training.final_share * cfg.model.optim.lr

@@ -39,11 +39,11 @@ class MaskedBatchNorm(nn.Module):
             scale = self.weight * torch.rsqrt(self.running_var + self.eps)
             shift = self.bias - self.running_mean * scale
             return torch.addcmul(shift, x_BTC, scale).to(x_BTC.dtype)
-        # float32 whatever autocast does: sums over a hundred thousand frames. The sums are products with the mask as
-        # a row of 0 and 1, on CPU several times faster than a reduction over the outer dimension.
+        # At least float32 whatever autocast does: sums over a hundred thousand frames. They are products with the mask
+        # as a row of 0 and 1, on CPU several times faster than a reduction over the outer dimension.
         with torch.autocast(x_BTC.device.type, enabled=False):
-            x_NC = x_BTC.flatten(0, 1).float()
-            real_N = (~pad_BT).flatten().float()
+            x_NC = x_BTC.flatten(0, 1).to(torch.promote_types(x_BTC.dtype, torch.float32))
+            real_N = (~pad_BT).flatten().to(x_NC.dtype)
             frames = real_N.sum().clamp(min=1.0)
             mean = real_N @ x_NC / frames
             centred = x_NC - mean

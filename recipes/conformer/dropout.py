@@ -13,16 +13,21 @@ def dropout(x: Tensor, p: float, training: bool) -> Tensor:
     """As ``torch.nn.functional.dropout``."""
     if not training or p == 0.0:
         return x
-    if x.device.type != "cpu":
+    if not _slow(x):
         return F.dropout(x, p)
     return x * _kept(x, p).mul_(1.0 / (1.0 - p))
 
 
 def add_branch(x: Tensor, branch: Tensor, p: float, training: bool, weight: float = 1.0) -> Tensor:
     """The residual ``x + weight * dropout(branch)``, without a pass over memory for each of its parts on CPU."""
-    if not training or p == 0.0 or x.device.type != "cpu":
+    if not training or p == 0.0 or not _slow(x):
         return torch.add(x, F.dropout(branch, p, training), alpha=weight)
     return torch.addcmul(x, branch, _kept(branch, p), value=weight / (1.0 - p))
+
+
+def _slow(x: Tensor) -> bool:
+    """Where torch's own is: eager on CPU. Compiled code draws its random numbers in one pass with the rest."""
+    return x.device.type == "cpu" and not torch.compiler.is_compiling()
 
 
 def _kept(like: Tensor, p: float) -> Tensor:

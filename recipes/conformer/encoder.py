@@ -3,16 +3,17 @@
 Shapes: B batch, F feature bins, T frames in, t frames out, D model size.
 
 Source: Gulati et al. 2020, "Conformer: Convolution-augmented Transformer for Speech Recognition" (arXiv 2005.08100).
-Its sizes (table 1), each with the defaults for the rest:
+Its sizes (table 1), each with the defaults for the rest and 80 feature bins:
 
-====  ========  =======  =======
-size  n_layers  d_model  n_heads
-====  ========  =======  =======
-S     16        144      4
-M     16        256      4
-L     17        512      8
-====  ========  =======  =======
+====  ========  =======  =======  ==========
+size  n_layers  d_model  n_heads  parameters
+====  ========  =======  =======  ==========
+S     16        144      4        8.7 M
+M     16        256      4        27.3 M
+L     17        512      8        115.1 M
+====  ========  =======  =======  ==========
 
+The paper counts 10.3, 30.7 and 118.8 M with the LSTM decoder of its transducer.
 The paper's depthwise kernel is 32; 31, as NeMo has it, is centred on its frame.
 """
 
@@ -103,7 +104,7 @@ class ConformerEncoder(NeuralModule, Exportable, AccessMixin):
         feat_in: F, the preprocessor's ``features``.
         n_layers, d_model, n_heads: see the table above; ``d_model`` (even) is a multiple of ``n_heads``.
         feat_out: D'; -1 for ``d_model``, else a linear layer follows the last block.
-        subsampling, subsampling_factor, subsampling_conv_channels: see ``ConvSubsampling``; -1 channels for ``d_model``.
+        subsampling, subsampling_factor, subsampling_conv_channels: see ``ConvSubsampling``; -1: ``d_model`` channels.
         ff_expansion_factor: hidden size of the feed-forwards in multiples of ``d_model``.
         xscaling: multiply what the subsampling gives by sqrt(d_model). Off: with our initialisation it has variance 1
             already, and sixteen times larger it would drown the first block's branches. NeMo's default is on.
@@ -150,7 +151,7 @@ class ConformerEncoder(NeuralModule, Exportable, AccessMixin):
         if d_model % n_heads:
             raise ValueError(f"d_model={d_model} is not a multiple of n_heads={n_heads}: change one of them")
         if d_model % 2:
-            raise ValueError(f"d_model={d_model} is odd: position embeddings are pairs of sine and cosine, use an even one")
+            raise ValueError(f"d_model={d_model} is odd: positions are pairs of sine and cosine, use an even number")
         if conv_norm_type not in NORMS:
             raise ValueError(f"conv_norm_type={conv_norm_type!r} is not supported: use {' or '.join(map(repr, NORMS))}")
         context = depthwise_context(conv_kernel_size, conv_context_size)

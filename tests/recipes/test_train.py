@@ -91,7 +91,7 @@ def test_a_run_learns_and_leaves_its_files(corpus, whole, tmp_path_factory):
 
 
 def test_sigterm_saves_and_the_same_command_goes_on_exactly(corpus, whole, tmp_path):
-    slow = "trainer.val_check_interval=1.0"
+    slow = "training.validations=1"
     status = interrupt(corpus, tmp_path, signal.SIGTERM, 8, slow)
     assert status == 143
     reached = max(losses(tmp_path))
@@ -106,7 +106,7 @@ def test_sigterm_saves_and_the_same_command_goes_on_exactly(corpus, whole, tmp_p
 
 
 def test_kill_9_loses_only_what_came_after_the_last_checkpoint(corpus, whole, tmp_path):
-    every = ["trainer.val_check_interval=4", "trainer.check_val_every_n_epoch=null"]
+    every = ["trainer.val_check_interval=4"]
     status = interrupt(corpus, tmp_path, signal.SIGKILL, 10, *every)
     assert status == -signal.SIGKILL
     output = train(corpus, tmp_path, *every)
