@@ -63,6 +63,7 @@ run_stage() {  # NUMBER TITLE "READS" "WRITES" COMMAND...
   { [ "$number" -lt "$stage" ] || [ "$number" -gt "$stop_stage" ]; } && return
   local stamp fresh=true path begin=$SECONDS
   stamp="$exp/.stages/$number"
+  [ "$number" -gt 1 ] || stamp="data/.stages/$corpus-$number"  # the corpus is shared by all models
   { [ -f "$stamp" ] && [ "$(cat "$stamp")" = "$*" ] && ! $force; } || fresh=false
   for path in $writes; do [ -e "$path" ] || fresh=false; done
   for path in $reads; do [ ! -e "$path" ] || [ ! "$path" -nt "$stamp" ] || fresh=false; done
@@ -114,10 +115,11 @@ ensure_environment
 export OMP_WAIT_POLICY=${OMP_WAIT_POLICY:-PASSIVE}
 python=.venv/bin/python
 mkdir -p "$exp"
+if [ -n "$data" ]; then tree=$data; elif [ "$corpus" = mini ]; then tree=data/mini_tree/LibriSpeech; else tree=data/LibriSpeech; fi
 tests=$($python -m manifests.corpus tests "$corpus")
 
-run_stage 0 corpus "conf/corpus/$corpus.yaml" "" $python -m manifests.corpus fetch "$corpus" "${where[@]}"
-run_stage 1 manifests "conf/corpus/$corpus.yaml $exp/.stages/0" "$manifests/train.json $manifests/dev.json" \
+run_stage 0 corpus "conf/corpus/$corpus.yaml" "$tree" $python -m manifests.corpus fetch "$corpus" "${where[@]}"
+run_stage 1 manifests "conf/corpus/$corpus.yaml data/.stages/$corpus-0" "$manifests/train.json $manifests/dev.json" \
   $python -m manifests.corpus build "$corpus" "${where[@]}" --out "$manifests" --check
 if [ -n "$tokenizer" ]; then
   run_stage 2 tokenizer "$manifests/train.json" "$tokenizer/tokenizer.model" \

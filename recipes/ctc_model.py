@@ -13,12 +13,12 @@ Shapes: B batch, T samples or frames, S targets, V labels (blank is index V).
 from __future__ import annotations
 
 import copy
+import logging
 from dataclasses import dataclass, field
 
 import torch
 from nemo.collections.asr.models import EncDecCTCModel, EncDecCTCModelBPE
 from nemo.core.classes.mixins import AccessMixin
-from nemo.utils import logging
 from omegaconf import DictConfig, OmegaConf, open_dict
 from torch import Tensor
 
@@ -26,6 +26,9 @@ from recipes.ctc_loss import CTCLoss
 from recipes.data import CharEncoder, ResumableLoader, lhotse_loader, manifest_loader, read_rows
 from recipes.lengths import valid_mask
 from recipes.metrics import ErrorCounts, count_errors
+
+
+log = logging.getLogger("recipes")
 
 
 class TrainingDiverged(RuntimeError):
@@ -197,7 +200,7 @@ class _RecipeModel:
             f"step {self.trainer.global_step}: {what} is {value}: batch skipped, nothing was updated; "
             f"utterances {ids}{source}"
         )
-        logging.warning(message)
+        log.warning(message)
         if self._bad_in_a_row >= self.max_bad_batches or broken:
             raise TrainingDiverged(
                 f"{message}. {self._bad_in_a_row} such batches in a row: the run stops. Lower model.optim.lr, "
@@ -209,7 +212,7 @@ class _RecipeModel:
         for row in torch.nonzero(infeasible).flatten().tolist():
             if ids[row] not in self.infeasible_seen:
                 self.infeasible_seen.add(ids[row])
-                logging.warning(
+                log.warning(
                     f"utterance {ids[row]}: CTC loss is infinite, {int(target_lengths[row])} targets (and blanks "
                     f"between repeats) do not fit into {int(lengths[row])} output frames; it is left out of the loss. "
                     f"{len(self.infeasible_seen)} such utterances so far"

@@ -7,6 +7,7 @@ silence: audio that cannot be read and text that the labels cannot spell stop th
 
 from __future__ import annotations
 
+import signal
 from pathlib import Path
 
 import numpy as np
@@ -117,6 +118,7 @@ class ResumableLoader:
             num_workers=self.loader.num_workers,
             pin_memory=self.loader.pin_memory,
             prefetch_factor=self.loader.prefetch_factor,
+            worker_init_fn=_outlive_sigterm,
         )
 
     def state_dict(self) -> dict:
@@ -125,6 +127,11 @@ class ResumableLoader:
     def load_state_dict(self, state: dict) -> None:
         self.sampler.set_epoch(state["epoch"])
         self._skip = self._trained = state["batches"]
+
+
+def _outlive_sigterm(worker: int) -> None:
+    """A cluster sends SIGTERM to every process: the training process must not lose its workers before it has saved."""
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)
 
 
 class _Rest:

@@ -32,8 +32,10 @@ def quiet_imports() -> None:
 
 
 def quiet_nemo() -> None:
-    """To be called after NeMo is imported: its logger reports errors only."""
+    """To be called after NeMo is imported: its logger and Lightning's report errors only."""
     if not verbose():
+        logging.getLogger("lightning.pytorch").setLevel(logging.ERROR)
+        warnings.filterwarnings("ignore", module="lightning.*")
         from nemo.utils import logging as nemo_logging
 
         nemo_logging.set_verbosity(nemo_logging.ERROR)

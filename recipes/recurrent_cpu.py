@@ -5,6 +5,10 @@ whole matrix once a frame, runs the two directions one after the other, and has 
 Here the loop only carries the state: a step is one batched product for both directions and a few
 elementwise calls; everything that can be done for all frames at once is done outside it. Under bf16
 autocast the products run in bfloat16 and states, gates and sums stay in float32.
+Forward and backward of a bidirectional layer of 384 over 16 x 60 frames, one core of an AMD EPYC with
+AVX512-BF16, best of 20 (ms; torch's with the reversal): GRU 188 in float32 where torch takes 247, 113 in bf16
+where torch takes 154; LSTM 300 against 175 in float32 (torch's is used there), 183 against 178 in bf16,
+with 32 items 246 against 303 of torch in float32. The loop costs little more with 32 items than with 16.
 
 Shapes: K directions (1 or 2), T time, B batch, D features in, H units, G gates (GRU 3, LSTM 4, else 1).
 Direction 1 runs on the time-flipped batch: its padding comes first and leaves the zero state untouched,

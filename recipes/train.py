@@ -15,6 +15,7 @@ if not __package__:  # started by path: the project's root in place of this fold
     sys.path[0] = str(Path(__file__).resolve().parent.parent)
 
 from recipes.config import CONF, COMPUTED, ConfigError, check_against_code, compose, hydra_arguments, recipes
+from recipes.quiet import quiet_imports, quiet_nemo
 from recipes.threads import set_threads
 
 EXIT_CONFIG, EXIT_DIVERGED, EXIT_ENDED = 2, 3, 143
@@ -37,6 +38,7 @@ def main(arguments: list[str] | None = None) -> int:
         print(f"train.py: {error}", file=sys.stderr)
         return EXIT_CONFIG
     set_threads()
+    quiet_imports()
     from nemo.core.config import hydra_runner
 
     status: list[int] = []
@@ -76,6 +78,7 @@ def fit(cfg):
 
     from recipes.monitor import Progress, SaveLast, WandbMedia
 
+    quiet_nemo()
     check_against_code(cfg)
     with open_dict(cfg):
         fill_in(cfg)

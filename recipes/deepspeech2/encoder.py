@@ -31,7 +31,7 @@ from recipes.recurrent import (
 def _pairs(name: str, values, layers: int) -> list[tuple[int, int]]:
     pairs = [tuple(v) if isinstance(v, Sequence) else (v,) for v in values]
     if len(pairs) != layers or any(len(p) != 2 or min(p) < 1 for p in pairs):
-        raise ValueError(f"{name}={values!r}: needs one positive (frequency, time) pair for each of {layers} conv layers")
+        raise ValueError(f"{name}={values!r}: needs {layers} positive (frequency, time) pairs, one a conv layer")
     return pairs
 
 
@@ -136,11 +136,11 @@ class DeepSpeech2Encoder(CTCEncoder):
         if not 0.0 <= dropout < 1.0:
             raise ValueError(f"dropout={dropout!r}: must be at least 0 and below 1")
         if look_ahead and bidirectional:
-            raise ValueError(f"look_ahead={look_ahead!r} needs bidirectional=False: both directions see the future already")
+            raise ValueError(f"look_ahead={look_ahead!r} needs bidirectional=False: the second direction sees the future")
         kernels = _pairs("conv_kernels", conv_kernels, len(conv_channels))
         strides = _pairs("conv_strides", conv_strides, len(conv_channels))
         if any(k % 2 == 0 for pair in kernels for k in pair):
-            raise ValueError(f"conv_kernels={conv_kernels!r}: must be odd, so that a frame stays in the middle of its window")
+            raise ValueError(f"conv_kernels={conv_kernels!r}: must be odd, to have a frame in the middle")
 
         self._feat_in = feat_in
         self.convs = nn.ModuleList()

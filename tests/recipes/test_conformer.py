@@ -314,7 +314,7 @@ def test_dropout_keeps_the_mean_and_hits_its_rate():
 
 def test_no_graph_break():
     """One graph for training and one for evaluation: nothing in the forward waits for a value or leaves torch."""
-    encoder = make()
+    encoder = make(n_layers=1)
     x_BFT, length_B = torch.randn(2, 20, 60), torch.tensor([60, 31])
     for mode in (True, False):
         encoder.train(mode)

@@ -10,7 +10,7 @@ from recipes.lengths import adjacent_repeats, conv_out_length, ctc_infeasible, s
 sizes = st.integers(1, 9)
 
 
-@settings(max_examples=200, deadline=None)
+@settings(max_examples=100, deadline=None)
 @given(
     length=st.integers(1, 60), kernel=sizes, stride=sizes, left=st.integers(0, 6), right=st.integers(0, 6),
     dilation=st.integers(1, 3),
@@ -60,7 +60,7 @@ def padded_targets(draw):
     return torch.tensor(rows).reshape(len(items), width), torch.tensor([len(item) for item in items])
 
 
-@settings(max_examples=200, deadline=None)
+@settings(max_examples=100, deadline=None)
 @given(padded_targets())
 def test_adjacent_repeats_counts_inside_the_target_only(targets_and_lengths):
     targets, lengths = targets_and_lengths
@@ -70,7 +70,7 @@ def test_adjacent_repeats_counts_inside_the_target_only(targets_and_lengths):
     assert adjacent_repeats(targets, lengths).tolist() == expected
 
 
-@settings(max_examples=200, deadline=None)
+@settings(max_examples=100, deadline=None)
 @given(padded_targets(), st.data())
 def test_ctc_infeasible_is_where_torch_gives_an_infinite_loss(targets_and_lengths, data):
     targets, target_lengths = targets_and_lengths
@@ -85,7 +85,7 @@ def test_ctc_infeasible_is_where_torch_gives_an_infinite_loss(targets_and_length
     assert ctc_infeasible(targets, target_lengths, output_lengths).tolist() == loss.isinf().tolist()
 
 
-@settings(max_examples=100, deadline=None)
+@settings(max_examples=50, deadline=None)
 @given(st.floats(0.1, 1e5), st.integers(1, 512), st.integers(1, 64))
 def test_split_global_batch_adds_up(seconds, devices, accumulate):
     assert split_global_batch(seconds, devices, accumulate) * devices * accumulate == pytest.approx(seconds)
