@@ -112,7 +112,6 @@ train+=(${overrides[@]+"${overrides[@]}"})
 where=(${data:+--data "$data"})
 
 ensure_environment
-export OMP_WAIT_POLICY=${OMP_WAIT_POLICY:-PASSIVE}
 python=.venv/bin/python
 mkdir -p "$exp"
 if [ -n "$data" ]; then tree=$data; elif [ "$corpus" = mini ]; then tree=data/mini_tree/LibriSpeech; else tree=data/LibriSpeech; fi

@@ -136,7 +136,7 @@ class DeepSpeech2Encoder(CTCEncoder):
         if not 0.0 <= dropout < 1.0:
             raise ValueError(f"dropout={dropout!r}: must be at least 0 and below 1")
         if look_ahead and bidirectional:
-            raise ValueError(f"look_ahead={look_ahead!r} needs bidirectional=False: the second direction sees the future")
+            raise ValueError(f"look_ahead={look_ahead!r} needs bidirectional=False: no need of it otherwise")
         kernels = _pairs("conv_kernels", conv_kernels, len(conv_channels))
         strides = _pairs("conv_strides", conv_strides, len(conv_channels))
         if any(k % 2 == 0 for pair in kernels for k in pair):
