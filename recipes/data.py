@@ -201,7 +201,7 @@ def read_audio(row: dict, sample_rate: int) -> np.ndarray:
     try:
         with soundfile.SoundFile(path) as file:
             rate = file.samplerate
-            file.seek(int(row.get("offset", 0) * rate))
+            file.seek(round(row.get("offset", 0) * rate))
             frames = int(round(row["duration"] * rate)) if "offset" in row else -1  # the first segment is at 0
             samples = file.read(frames, dtype="float32", always_2d=True)
     except Exception as error:  # soundfile raises several unrelated kinds

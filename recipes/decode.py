@@ -71,7 +71,8 @@ def load_model(path, device="auto"):
     except ModelError:
         raise
     except Exception as error:  # tarfile, pickle, hydra, torch: each has kinds of its own
-        raise ModelError(f"{path}: cannot be loaded as a NeMo model ({type(error).__name__}: {_one_line(error)})") from error
+        reason = f"{type(error).__name__}: {_one_line(error)}"
+        raise ModelError(f"{path}: cannot be loaded as a NeMo model ({reason})") from error
     ctc_head(model)
     return model.to(device).eval()
 
@@ -265,7 +266,7 @@ class Decoder:
             log_probs_BTV, encoded_lengths = log_probs(self.model, audio_BT.to(self.device), lengths.to(self.device))
         except torch.cuda.OutOfMemoryError as error:
             seconds = audio_BT.numel() / self.sample_rate
-            raise ModelError(f"a batch of {seconds:.0f} s does not fit into the GPU: give batch_seconds below that") from error
+            raise ModelError(f"a batch of {seconds:.0f} s does not fit into the GPU: lower batch_seconds") from error
         hypotheses = self.decoding.ctc_decoder_predictions_tensor(
             decoder_outputs=log_probs_BTV, decoder_lengths=encoded_lengths, return_hypotheses=False
         )

@@ -40,7 +40,7 @@ class Options:
     manifests: Any = required("one manifest or a list, [a.json,b.json]")
     names: Any = option("labels for the manifests in the table and in file names, by default the file names", None)
     output: Optional[str] = option("folder for predictions and metrics, by default evaluation/ beside the model", None)
-    batch_seconds: Optional[float] = option("padded seconds of audio in a batch, by default chosen for the device", None)
+    batch_seconds: Optional[float] = option("padded seconds of audio in a batch, by default by the device", None)
     device: str = option("auto, cpu, cuda or cuda:N", "auto")
     num_workers: Optional[int] = option("batches at once on a CPU, reading threads beside a GPU", None)
     pairs: int = option("reference/hypothesis pairs to print", 5)
@@ -139,7 +139,8 @@ def evaluate_model(model, manifests, *, output=None, names=None, batch_seconds: 
     sets = manifests if ready else read_sets(manifests, names)
     results, texts = [], []
     total = round(sum(one.seconds for one in sets))
-    with tqdm(total=total, unit="s", unit_scale=True, desc="seconds of audio", disable=not progress, leave=False) as bar:
+    shown = {"unit": "s", "unit_scale": True, "desc": "seconds of audio", "leave": False, "disable": not progress}
+    with tqdm(total=total, **shown) as bar:
         for one in sets:
             rows = [{**row, "audio_filepath": audio} for row, audio in zip(one.rows, one.audio)]
             decoder = Decoder(model, rows, batch_seconds=batch_seconds, num_workers=num_workers, on_audio=bar.update)
@@ -239,8 +240,9 @@ def table(metrics: dict) -> str:
             low_high = result["wer_interval"]
             interval = f"{100 * low_high[0]:.2f} - {100 * low_high[1]:.2f}" if low_high else "-"
             words = result["words"]
-            line += (f"{100 * result['wer']:>7.2f} {interval:>15} {100 * result['cer']:>7.2f} {words['substitutions']:>6} "
-                     f"{words['deletions']:>6} {words['insertions']:>6} {words['reference']:>7} ")
+            line += f"{100 * result['wer']:>7.2f} {interval:>15} {100 * result['cer']:>7.2f} "
+            line += "".join(f"{words[kind]:>6} " for kind in ("substitutions", "deletions", "insertions"))
+            line += f"{words['reference']:>7} "
         lines.append(f"{line}{1 / max(result['real_time_factor'], 1e-9):>11.1f}")
     return "\n".join(lines)
 
@@ -249,10 +251,11 @@ def report(metrics: dict, pairs: int = 5) -> str:
     """Table, normalisation, notes and `pairs` reference/hypothesis pairs spread evenly over the manifests."""
     lines = [table(metrics), f"normalisation: {metrics['normalisation']}"]
     for result in metrics["manifests"]:
+        name, count = result["name"], result["utterances"]
         if result["too_short"]:
-            lines.append(f"{result['name']}: {result['too_short']} utterances under two feature frames: empty hypothesis")
+            lines.append(f"{name}: {result['too_short']} utterances under two feature frames: empty hypothesis")
         if result["empty_hypotheses"]:
-            lines.append(f"{result['name']}: {result['empty_hypotheses']} of {result['utterances']} hypotheses are empty")
+            lines.append(f"{name}: {result['empty_hypotheses']} of {count} hypotheses are empty")
     available = metrics["pairs"]
     count = min(pairs, len(available))
     for k in range(count):
@@ -282,7 +285,8 @@ def main(arguments: list[str] | None = None) -> int:
         model = load_model(path, options.device)
         output.mkdir(parents=True, exist_ok=True)  # a folder that cannot be written to is found before the work
         metrics = evaluate_model(
-            model, sets, output=output, batch_seconds=options.batch_seconds, num_workers=options.num_workers, model_path=path
+            model, sets, output=output, batch_seconds=options.batch_seconds, num_workers=options.num_workers,
+            model_path=path,
         )
     except (ManifestError, ModelError, OSError) as error:
         fail("evaluate.py", error, EXIT_FAILED)

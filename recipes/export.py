@@ -4,8 +4,8 @@
 
 What is exported takes features, not audio: the mel spectrogram is not part of it. `x.onnx.json` beside it says how the
 features are made, what goes in and out, and what the outputs stand for. Before anything gets its final name the outputs
-are compared with the model's, at another batch size and other lengths than the exporter saw: TorchScript by torch, ONNX by
-onnxruntime where that is installed (else only the graph is checked).
+are compared with the model's, at another batch size and other lengths than the exporter saw: TorchScript by torch,
+ONNX by onnxruntime where that is installed (else only the graph is checked).
 """
 
 from __future__ import annotations
@@ -58,8 +58,8 @@ def example(model, batch: int, frames: int):
 def export_model(model, output: Path) -> dict:
     """Exports on the CPU and verifies; returns what is also written to OUTPUT.json.
 
-    NeMo's exporter changes the model in place (it freezes parameters and turns masks of some encoders off): load it again
-    for anything else. Raises ExportError where the exporter fails or the outputs differ; nothing is written then.
+    NeMo's exporter changes the model in place (it freezes parameters and turns masks of some encoders off): load it
+    again for anything else. Raises ExportError where the exporter fails or the outputs differ; nothing is written then.
     """
     from recipes.decode import evaluation_mode
 
@@ -136,7 +136,7 @@ def _compare(run, expected: list) -> tuple[float, float]:
             padded = int(length[row]) < audio_signal.shape[2]
             worst[padded] = difference if not difference <= worst[padded] else worst[padded]  # a NaN stays
     if not worst[0] <= TOLERANCE:
-        raise ExportError(f"log-probs of the exported network differ from the model's by {worst[0]:.3g}, over {TOLERANCE}")
+        raise ExportError(f"log-probs exported differ from the model's by {worst[0]:.3g}, over {TOLERANCE}")
     return worst[0], worst[1]
 
 

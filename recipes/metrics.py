@@ -77,7 +77,8 @@ def utterance_errors(references: list[str], hypotheses: list[str]) -> tuple[np.n
         measured = jiwer.process_words([pairs[i][0] for i in kept], [pairs[i][1] for i in kept])
         for i, chunks in zip(kept, measured.alignments):
             errors[i] = sum(
-                max(c.ref_end_idx - c.ref_start_idx, c.hyp_end_idx - c.hyp_start_idx) for c in chunks if c.type != "equal"
+                max(chunk.ref_end_idx - chunk.ref_start_idx, chunk.hyp_end_idx - chunk.hyp_start_idx)
+                for chunk in chunks if chunk.type != "equal"
             )
     return errors, words
 

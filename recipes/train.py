@@ -46,8 +46,8 @@ def main(arguments: list[str] | None = None) -> int:
     def task(cfg):
         status.append(_guarded_fit(cfg))
 
-    # NeMo's runner reads the command line itself.
-    sys.argv = [sys.argv[0], *hydra_arguments(parsed.overrides)]
+    # NeMo's runner reads the command line itself, and so do the processes that Lightning starts for DDP.
+    sys.argv = [sys.argv[0], "--config-name", name, *hydra_arguments(parsed.overrides)]
     hydra_runner(config_path=str(CONF), config_name=name)(task)()
     return status[0] if status else 1
 

@@ -36,7 +36,7 @@ class Options:
     model: str = required(".nemo file, or a Lightning .ckpt")
     audio: Any = required("one audio file or folder, or a list of them, [a.wav,folder]")
     output: Optional[str] = option("file to save to: .txt with path<TAB>text, .json for a manifest", None)
-    batch_seconds: Optional[float] = option("padded seconds of audio in a batch, by default chosen for the device", None)
+    batch_seconds: Optional[float] = option("padded seconds of audio in a batch, by default by the device", None)
     device: str = option("auto, cpu, cuda or cuda:N", "auto")
     num_workers: Optional[int] = option("batches at once on a CPU, reading threads beside a GPU", None)
 
@@ -114,7 +114,8 @@ def transcribe(model, files: list[Path], *, batch_seconds: float | None = None, 
         except RuntimeError as error:
             report(error)
     total = round(sum(row["duration"] for row in rows))
-    with tqdm(total=total, unit="s", unit_scale=True, desc="seconds of audio", disable=not progress, leave=False) as bar:
+    shown = {"unit": "s", "unit_scale": True, "desc": "seconds of audio", "leave": False, "disable": not progress}
+    with tqdm(total=total, **shown) as bar:
         decoder = Decoder(
             model, rows, read=read_mono, batch_seconds=batch_seconds, num_workers=num_workers, on_audio=bar.update,
             on_error=lambda index, error: report(error),

@@ -97,7 +97,8 @@ def test_audio_that_cannot_be_used_is_named(tmp_path):
     text.write_text("this is no audio")
     empty = tmp_path / "empty.wav"
     soundfile.write(empty, np.zeros(0), RATE)
-    for path, said in ((stereo, "2 channels"), (text, "cannot be read"), (empty, "no samples"), (tmp_path / "no.wav", "cannot")):
+    bad = ((stereo, "2 channels"), (text, "cannot be read"), (empty, "no samples"), (tmp_path / "no.wav", "cannot"))
+    for path, said in bad:
         with pytest.raises(RuntimeError, match=said) as caught:
             read_audio({"audio_filepath": str(path), "duration": 0.5}, RATE)
         assert str(path) in str(caught.value) and "\n" not in str(caught.value)

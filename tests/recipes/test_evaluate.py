@@ -1,4 +1,4 @@
-"""Evaluation on manifests: the right numbers, the right order, files that others read, and one line for what is wrong."""
+"""Evaluation on manifests: the right numbers and order, files that others read, and one line for what is wrong."""
 
 import json
 import os
@@ -55,7 +55,7 @@ def one_by_one(model, rows) -> list[str]:
     return texts
 
 
-# ---- hypotheses -------------------------------------------------------------------------------------------------------
+# ---- hypotheses -----------------------------------------------------------------------------------------------------
 
 
 def test_hypotheses_do_not_depend_on_batches_or_threads_and_keep_the_order(model, rows):
@@ -116,7 +116,7 @@ def test_beam_search_in_the_model_is_not_what_is_measured(model, rows):
         model.decoding = own
 
 
-# ---- numbers ----------------------------------------------------------------------------------------------------------
+# ---- numbers --------------------------------------------------------------------------------------------------------
 
 
 def test_rates_are_those_of_known_edits(model, rows, tmp_path):
@@ -150,7 +150,8 @@ def test_overall_sums_the_manifests_and_cost_is_measured(model, rows, tmp_path):
     assert [first["name"], second["name"]] == ["a", "b"]
     for key in ("words", "characters"):
         assert overall[key] == {name: first[key][name] + second[key][name] for name in first[key]}
-    assert overall["wer"] == (sum(overall["words"].values()) - overall["words"]["reference"]) / overall["words"]["reference"]
+    counts = overall["words"]
+    assert overall["wer"] == (sum(counts.values()) - counts["reference"]) / counts["reference"]
     assert overall["utterances"] == 6 and overall["hours"] == pytest.approx(sum(r["duration"] for r in rows) / 3600)
     assert overall["seconds"] == pytest.approx(first["seconds"] + second["seconds"])
     assert overall["real_time_factor"] == pytest.approx(overall["seconds"] / (overall["hours"] * 3600), rel=0.05)
@@ -167,7 +168,7 @@ def test_report_shows_totals_normalisation_and_pairs(model, rows, tmp_path):
     assert report(evaluate_model(model, a, progress=False), pairs=0).count("  ref  ") == 0
 
 
-# ---- files ------------------------------------------------------------------------------------------------------------
+# ---- files ----------------------------------------------------------------------------------------------------------
 
 
 def test_predictions_keep_every_field_and_are_read_by_us_and_by_nemo(model, rows, tmp_path):
@@ -227,12 +228,13 @@ def test_names_are_distinct_and_fit_into_file_names(tmp_path, rows):
     paths = [write_rows(tmp_path / folder / "test.json", rows) for folder in ("clean", "other")]
     assert [one.name for one in read_sets(paths)] == ["clean_test", "other_test"]
     assert [one.name for one in read_sets(paths, ["x", "y"])] == ["x", "y"]
-    for names, said in ((["x"], "1 names for 2 manifests"), (["x", "x"], "not distinct"), (["a/b", "c"], "without slashes")):
+    bad = ((["x"], "1 names for 2 manifests"), (["x", "x"], "not distinct"), (["a/b", "c"], "without slashes"))
+    for names, said in bad:
         with pytest.raises(ValueError, match=said):
             read_sets(paths, names)
 
 
-# ---- what is wrong ----------------------------------------------------------------------------------------------------
+# ---- what is wrong --------------------------------------------------------------------------------------------------
 
 
 def run_main(capsys, *arguments) -> tuple[int, str]:
@@ -325,7 +327,7 @@ def test_help_and_errors_do_not_import_nemo_or_torch():
         assert "batch_seconds" in done.stdout if arguments == ["--help"] else "did you mean model?" in done.stderr
 
 
-# ---- whole runs -------------------------------------------------------------------------------------------------------
+# ---- whole runs -----------------------------------------------------------------------------------------------------
 
 
 def test_a_lightning_checkpoint_gives_what_the_nemo_file_gives(model, rows, tmp_path):
@@ -356,16 +358,18 @@ def test_real_speech_with_a_model_of_ours_in_a_fresh_process(librispeech_sample,
     rows = []
     for path in sorted(librispeech_sample.rglob("*.flac"))[::12]:
         texts = dict(line.split(" ", 1) for line in next(path.parent.glob("*.trans.txt")).read_text().splitlines())
-        info = soundfile.info(path)
-        rows.append({"audio_filepath": str(path), "duration": info.frames / info.samplerate, "text": texts[path.stem].lower()})
+        duration = soundfile.info(path).frames / RATE
+        rows.append({"audio_filepath": str(path), "duration": duration, "text": texts[path.stem].lower()})
     manifest = write_rows(tmp_path / "real speech.json", rows)
     done = subprocess.run(
-        [sys.executable, "recipes/evaluate.py", f"model={tmp_path}/ours.nemo", f"manifests={manifest}", "device=cpu", "pairs=1"],
+        [sys.executable, "recipes/evaluate.py", f"model={tmp_path}/ours.nemo", f"manifests={manifest}", "device=cpu",
+         "pairs=1"],
         cwd=ROOT, capture_output=True, text=True, timeout=300,
     )
     assert done.returncode == 0, done.stderr
     assert "real speech" in done.stdout and done.stdout.count("  ref  ") == 1 and "metrics.json" in done.stdout
-    assert "OneLogger" not in done.stderr and "exporters" not in done.stderr and "NeMo W" not in done.stderr, done.stderr
+    for noise in ("OneLogger", "exporters", "NeMo W"):
+        assert noise not in done.stderr, done.stderr
     metrics = json.loads((tmp_path / "evaluation" / "metrics.json").read_text())
     assert metrics["model_class"] == "recipes.ctc_model.CTCModel"
     written = read_manifest(tmp_path / "evaluation" / "predictions_real speech.json")

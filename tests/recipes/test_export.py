@@ -48,7 +48,9 @@ def test_onnx_is_a_valid_graph_with_named_inputs_and_free_sizes(tmp_path):
     described = export_model(recurrent(), tmp_path / "x.onnx")
     graph = onnx.load(str(tmp_path / "x.onnx"))
     assert [o.version for o in graph.opset_import if o.domain == ""] == [17] and described["format"] == "ONNX opset 17"
-    inputs = {node.name: [d.dim_param or d.dim_value for d in node.type.tensor_type.shape.dim] for node in graph.graph.input}
+    inputs = {
+        node.name: [d.dim_param or d.dim_value for d in node.type.tensor_type.shape.dim] for node in graph.graph.input
+    }
     assert list(inputs) == ["audio_signal", "length"] == list(described["inputs"])
     assert inputs["audio_signal"][1] == 16 and all(isinstance(inputs["audio_signal"][k], str) for k in (0, 2))
     assert [node.name for node in graph.graph.output] == ["logprobs"]
@@ -86,7 +88,8 @@ def test_command_line(tmp_path, capsys):
     tiny.model().save_to(str(tmp_path / "tiny.nemo"))
     assert export.main([f"model={tmp_path}/tiny.nemo", f"output={tmp_path}/tiny.pt"]) == 0
     out = capsys.readouterr().out
-    assert "audio_signal" in out and "logprobs" in out and "float32 (B, 16, T)" in out and (tmp_path / "tiny.pt").is_file()
+    assert "audio_signal" in out and "logprobs" in out and "float32 (B, 16, T)" in out
+    assert (tmp_path / "tiny.pt").is_file()
     for arguments, said in (
         ([f"model={tmp_path}/tiny.nemo", "output=x.tflite"], "ends in .onnx, .ts, .pt"),
         ([f"model={tmp_path}/tiny.nemo"], "give output=..."),

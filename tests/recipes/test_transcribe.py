@@ -43,7 +43,9 @@ def test_folders_are_searched_sorted_and_every_file_comes_once(tmp_path):
     ]
 
 
-@pytest.mark.parametrize("suffix, subtype", [(".wav", None), (".flac", None), (".ogg", "VORBIS"), (".mp3", None), (".opus", "OPUS")])
+@pytest.mark.parametrize(
+    "suffix, subtype", [(".wav", None), (".flac", None), (".ogg", "VORBIS"), (".mp3", None), (".opus", "OPUS")]
+)
 def test_formats_are_read_at_the_models_rate(tmp_path, suffix, subtype):
     path = tmp_path / f"tone{suffix}"
     tone = 0.5 * np.sin(2 * np.pi * 440 * np.arange(48000) / 48000)

@@ -22,12 +22,13 @@ def config(target: str | None = None, features: int = 16):
     cfg = {
         "sample_rate": RATE,
         "labels": LABELS,
-        "preprocessor": {"_target_": "nemo.collections.asr.modules.AudioToMelSpectrogramPreprocessor", "features": features,
-                         "sample_rate": RATE, "window_size": 0.025, "window_stride": 0.01, "n_fft": 512, "dither": 1e-5},
+        "preprocessor": {"_target_": "nemo.collections.asr.modules.AudioToMelSpectrogramPreprocessor",
+                         "features": features, "sample_rate": RATE, "window_size": 0.025, "window_stride": 0.01,
+                         "n_fft": 512, "dither": 1e-5},
         "spec_augment": {"_target_": "nemo.collections.asr.modules.SpectrogramAugmentation", "freq_masks": 2,
                          "time_masks": 5, "freq_width": 8, "time_width": 0.2},
-        "encoder": {"_target_": "nemo.collections.asr.modules.ConvASREncoder", "feat_in": features, "activation": "relu",
-                    "conv_mask": True, "jasper": [layer(2), layer(1)]},
+        "encoder": {"_target_": "nemo.collections.asr.modules.ConvASREncoder", "feat_in": features,
+                    "activation": "relu", "conv_mask": True, "jasper": [layer(2), layer(1)]},
         "decoder": {"_target_": "nemo.collections.asr.modules.ConvASRDecoder", "feat_in": 24,
                     "num_classes": len(LABELS), "vocabulary": LABELS},
     }
@@ -78,7 +79,7 @@ def write_rows(path: Path, rows: list[dict]) -> Path:
 def corpus(folder: Path, seconds=(1.0, 0.4, 2.1, 0.7, 1.6, 0.5), **fields) -> list[dict]:
     """Rows with absolute paths of utterances of these durations, not sorted."""
     return [
-        {"audio_filepath": str(write_audio(folder / f"u{i}.wav", length, seed=i)), "duration": length, "utterance": f"u{i}",
-         "text": f"reference number {'abcdefghijkl'[i]}", **fields}
+        {"audio_filepath": str(write_audio(folder / f"u{i}.wav", length, seed=i)), "duration": length,
+         "text": f"reference number {'abcdefghijkl'[i]}", "utterance": f"u{i}", **fields}
         for i, length in enumerate(seconds)
     ]
