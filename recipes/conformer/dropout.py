@@ -33,8 +33,8 @@ def _slow(x: Tensor) -> bool:
 def _kept(like: Tensor, p: float) -> Tensor:
     """1 with probability 1 - p, else 0, in shape and type of ``like``.
 
-    torch's bernoulli draws a number for each element, a fifth of a training step on CPU. Here four elements share 64
-    random bits, which takes a third of the time; p is met to 1/65536.
+    torch's bernoulli draws a number for each element, a tenth of a training step on CPU. Here four elements share 64
+    random bits, which takes half the time or less; p is met to 1/65536.
     """
     words = torch.empty((like.numel() + 3) // 4, dtype=torch.int64).random_(-(2**63), None)
     bits = words.view(torch.int16)[: like.numel()].view(like.shape)
