@@ -124,8 +124,8 @@ if [ -n "$tokenizer" ]; then
   run_stage 2 tokenizer "$manifests/train.json" "$tokenizer/tokenizer.model" \
     $python -m manifests.tokenizer "$manifests/train.json" --out "$tokenizer"
 fi
-run_stage 3 "check and one batch" "$manifests/train.json $tokenizer" "$exp/one_batch.json" \
-  $python -m tools.ladder --rungs batch --out "$exp/one_batch.json" "${train[@]}"
+run_stage 3 "check and one batch" "$manifests/train.json $tokenizer" "$exp/check/one_batch.json" \
+  $python -m tools.ladder --rungs batch --out "$exp/check/one_batch.json" "${train[@]}"
 run_stage 4 train "$manifests/train.json $manifests/dev.json $tokenizer" "$exp/curve.csv" $python -m recipes.train "${train[@]}"
 run_stage 5 average "$exp/.stages/4" "$exp/$model.nemo" $python -m recipes.average "$exp" --out "$exp/$model.nemo"
 run_stage 6 evaluate "$exp/$model.nemo" "$exp/evaluation/metrics.json" \

@@ -84,7 +84,7 @@ def test_all_stages_on_real_speech_then_nothing_to_do(checkout, librispeech_samp
     assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
     folder = checkout / "exp" / "deepspeech2_librispeech_8h"
     assert "83 of the 2344 utterances" in done.stdout and "held out" in done.stdout
-    assert json.loads((folder / "one_batch.json").read_text())["batch"]["wer"] == 0
+    assert json.loads((folder / "check" / "one_batch.json").read_text())["batch"]["wer"] == 0
     metrics = json.loads((folder / "evaluation" / "metrics.json").read_text())
     assert [one["name"] for one in metrics["manifests"]] == ["dev", "eval"]
     assert metrics["overall"]["utterances"] == 28 and metrics["overall"]["wer"] > 0

@@ -16,6 +16,7 @@ CURVE = HEADER + "10,2.5,3.1,3.1,0.9,0.001,2.0,80,900,,,,\n20,5.0,2.5,2.5,0.5,0.
 def run(tmp_path):
     folder = tmp_path / "deepspeech2_mini"
     (folder / "evaluation").mkdir(parents=True)
+    (folder / "check").mkdir()
     (folder / "curve.csv").write_text(CURVE)
     predictions = folder / "evaluation" / "predictions_test.json"
     rows = [{"audio_filepath": "a.flac", "duration": 1.0, "text": "a b", "pred_text": "a c"}]
@@ -24,7 +25,7 @@ def run(tmp_path):
             "words": {"substitutions": 1, "deletions": 0, "insertions": 0, "reference": 2}}
     metrics = {"manifests": [{"name": "test", "predictions": str(predictions), **part}], "overall": part}
     (folder / "evaluation" / "metrics.json").write_text(json.dumps(metrics))
-    (folder / "one_batch.json").write_text(json.dumps({"batch": {"utterances": 8, "step": 50}}))
+    (folder / "check" / "one_batch.json").write_text(json.dumps({"batch": {"utterances": 8, "step": 50}}))
     return folder
 
 

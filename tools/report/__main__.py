@@ -1,6 +1,6 @@
 """Writes report.md and curve.png of a run: `python -m tools.report exp/deepspeech2_mini`.
 
-Reads evaluation/metrics.json with its predictions, curve.csv, one_batch.json and average.json of the run's folder;
+Reads evaluation/metrics.json with its predictions, curve.csv, check/one_batch.json and average.json of the run's folder;
 what is not there is left out. The page with findings and plots is the doctor's.
 """
 
@@ -74,8 +74,8 @@ def report(folder: Path) -> Path:
     lines = [f"# {folder.name}", ""]
     lines += training(folder)
     draw({folder.name: folder / "curve.csv"}, folder / "curve.png")
-    if (folder / "one_batch.json").is_file():
-        batch = json.loads((folder / "one_batch.json").read_text())["batch"]
+    if (folder / "check" / "one_batch.json").is_file():
+        batch = json.loads((folder / "check" / "one_batch.json").read_text())["batch"]
         lines.append(f"One batch of {batch['utterances']} utterances was learned by heart in {batch['step']} steps.")
     if (folder / "average.json").is_file():
         lines.append(f"Saved weights: {json.loads((folder / 'average.json').read_text())['chosen']}.")
