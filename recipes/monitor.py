@@ -57,6 +57,17 @@ class Progress(Callback):
     def load_state_dict(self, state):
         self.seconds, self.validation = state["seconds"], state["validation"]
 
+    @property
+    def started(self) -> bool:
+        """Whether this sitting has trained at all; a run that is complete does not."""
+        return self._mark is not None
+
+    def restore(self) -> None:
+        """Puts an earlier sitting's curve.csv back where exp_manager has moved it away."""
+        if self._earlier and not self.path.is_file():
+            self.rows = self._earlier
+            self._write()
+
     def on_train_start(self, trainer, model):
         self.rows = []
         if trainer.global_step:

@@ -85,12 +85,14 @@ def fit(cfg):
     pl.seed_everything(cfg.seed, workers=True, verbose=False)
     folder = Path(cfg.exp_manager.explicit_log_dir)
     folder.mkdir(parents=True, exist_ok=True)
-    callbacks = [Progress(folder, every_n_steps=cfg.trainer.log_every_n_steps), SaveLast(), WandbMedia()]
+    progress = Progress(folder, every_n_steps=cfg.trainer.log_every_n_steps)
+    callbacks = [progress, SaveLast(), WandbMedia()]
     if cfg.exp_manager.create_wandb_logger and not os.environ.get("WANDB_API_KEY") and not _wandb_login():
         os.environ.setdefault("WANDB_MODE", "offline")
     trainer = pl.Trainer(**OmegaConf.to_container(cfg.trainer, resolve=True), callbacks=callbacks)
     exp_manager(trainer, OmegaConf.to_container(cfg.exp_manager, resolve=True))
     if trainer.is_global_zero:
+        progress.restore()
         OmegaConf.save(cfg, folder / "config.yaml", resolve=True)
     model = build_model(cfg, trainer)
     if trainer.is_global_zero:
@@ -105,6 +107,8 @@ def fit(cfg):
         if hasattr(logger, "experiment") and type(logger).__name__ == "WandbLogger" and trainer.is_global_zero:
             logger.experiment.config.update(OmegaConf.to_container(cfg, resolve=True), allow_val_change=True)
     trainer.fit(model)
+    if trainer.is_global_zero and not progress.started:
+        print(f"training is complete: step {trainer.global_step} of {trainer.max_steps}", flush=True)
     return model
 
 

@@ -121,7 +121,7 @@ def test_a_complete_run_is_not_trained_again(corpus, tmp_path):
     before = (tmp_path / "curve.csv").read_text()
     output = train(corpus, tmp_path, "trainer.max_steps=4")
     assert (tmp_path / "curve.csv").read_text() == before
-    assert "resumed at step 4 of 4" in output
+    assert "training is complete: step 4 of 4" in output
 
 
 def test_two_gloo_processes_agree_with_one_at_the_same_global_batch(corpus, whole, tmp_path):
