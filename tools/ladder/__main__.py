@@ -102,7 +102,7 @@ def learn_by_heart(model, rows: list[dict], lr: float, max_steps: int, device="c
         optimizer.step()
         schedule.step()
         # Decoding costs a forward pass, so it waits until the loss says that it may have worked.
-        if step % 10 and step < max_steps or (float(loss) > 0.7 and step % 50):
+        if step < max_steps and (step % 10 or (float(loss) > 0.7 and step % 50)):
             continue
         model.eval()
         with torch.no_grad():
