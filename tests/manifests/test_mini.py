@@ -111,7 +111,7 @@ def test_report(tree, capsys):
     assert main([str(tree.parent), "--stats"]) == 0
     out = capsys.readouterr().out
     assert out.strip() == report(tree)
-    assert re.search(rf"^train +24 +{round(SCALE * SIZES['train'])} ", out, re.M)
+    assert re.search(rf"^train +16 +{round(SCALE * SIZES['train'])} ", out, re.M)
     assert main([str(tree / "nowhere"), "--stats"]) == 1
     assert "is not a folder: make the corpus first" in capsys.readouterr().err
 
