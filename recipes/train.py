@@ -160,7 +160,8 @@ def fill_in(cfg) -> None:
             f"training.global_batch_seconds={cfg.training.global_batch_seconds} over {devices} devices leaves "
             f"{train.batch_duration:.2f} s for each, less than an utterance; raise it"
         )
-    if trainer.max_steps < 1:
+    computed = trainer.max_steps < 1
+    if computed:
         paths = [train.manifest_filepath] if isinstance(train.manifest_filepath, str) else train.manifest_filepath
         seconds = sum(
             row["duration"]
@@ -175,8 +176,11 @@ def fill_in(cfg) -> None:
     if trainer.val_check_interval is None:
         # So spaced that the last validation is after the last step, when the learning rate is lowest.
         count = max(min(int(cfg.training.validations), trainer.max_steps), 1)
+        if computed:
+            trainer.max_steps -= trainer.max_steps % count
+        while trainer.max_steps % count:  # a number of steps that was asked for stays
+            count -= 1
         trainer.val_check_interval = trainer.max_steps // count
-        trainer.max_steps = trainer.val_check_interval * count
     schedule = cfg.model.optim.sched
     schedule.warmup_steps = max(int(cfg.training.warmup_share * trainer.max_steps), 1)
     schedule.min_lr = cfg.training.final_share * cfg.model.optim.lr
