@@ -1,0 +1,191 @@
+"""What is examined: configuration, model, manifests, run folder, each opened once and only when it is needed.
+
+Errors in opening become findings in `Subject.findings`, never exceptions. This module imports no torch: the live part
+of a model is in `probe.py`.
+"""
+
+from __future__ import annotations
+
+import math
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+from manifests.schema import LABELS, ManifestError, resolve_audio, scan_manifest
+from tools.doctor.configs import ConfigUnreadable, Settings, load_config
+from tools.doctor.finding import Finding
+
+ROLES = ("train", "validation", "test")
+MODEL_SUFFIXES = (".nemo", ".ckpt", ".pt")
+
+
+class Subject:
+    """What a check is handed.
+
+    Attributes:
+        settings: configs.Settings, the configuration in one shape, or None.
+        manifests: role -> list of paths (str).
+        run: the run's folder (Path) or None.
+        seed: for whatever a check draws at random.
+        findings: what is wrong with the inputs themselves.
+        deadline: on time.monotonic(), when the budget is over.
+    """
+
+    seed = 20
+
+    def __init__(self, config=None, model=None, manifests=None, run=None, device=None, overrides=(),
+                 deadline: float = math.inf):
+        self.given_config, self.given_model, self.given_manifests = config, model, manifests
+        self.overrides, self.device_wanted, self.deadline = overrides, device, deadline
+        self.run = None if run is None else Path(run)
+        self.settings: Settings | None = None
+        self.manifests: dict[str, list[str]] = {}
+        self.findings: list[Finding] = []
+        self._probe = None
+        self._model_failed = False
+
+    # ---- opening -------------------------------------------------------------------------------------------
+
+    def open(self, families: list[str] | None = None) -> None:
+        """Reads the configuration, finds the manifests, and opens the model where a family needs it."""
+        if self.run is not None and not self.run.is_dir():
+            self._unreadable(f"{self.run} is no folder of a run", str(self.run), ["give the folder with config.yaml"])
+            self.run = None
+        self._open_config()
+        self._open_manifests()
+        needs_model = families is None or not set(families) <= LIGHT_FAMILIES
+        if needs_model and self.wants_model:
+            self._open_model()
+
+    @property
+    def wants_model(self) -> bool:
+        """Whether there is a model to open: one given, or a configuration that says how to build it."""
+        if self.given_model is not None:
+            return True
+        return self.given_config is not None and self.settings is not None and self.settings.builds_model
+
+    def has(self, need: str) -> bool:
+        """Whether the subject has one of registry.NEEDS."""
+        return {
+            "manifests": any(self.manifests.values()),
+            "config": self.settings is not None,
+            "model": self._probe is not None,
+            "run": self.run is not None,
+        }[need]
+
+    def _open_config(self) -> None:
+        given = self.given_config
+        if given is None and self.run is not None:
+            found = [self.run / name for name in ("config.yaml", "hparams.yaml") if (self.run / name).is_file()]
+            given = found[0] if found else None
+        if given is not None:
+            try:
+                self.settings = load_config(given, self.overrides)
+                return
+            except ConfigUnreadable as error:
+                self.findings.append(error.finding)
+        if self.given_model is not None and not isinstance(self.given_model, (str, Path)):
+            self.settings = Settings.of_live(self.given_model)
+
+    def _open_manifests(self) -> None:
+        given = self.given_manifests
+        if isinstance(given, (str, Path)):
+            given = {"train": given}
+        if given is None:
+            given = self.settings.manifests if self.settings is not None else {}
+        for role, paths in given.items():
+            role = {"dev": "validation", "val": "validation", "valid": "validation"}.get(role, role)
+            paths = [paths] if isinstance(paths, (str, Path)) else list(paths)
+            kept = self.manifests.setdefault(role, [])
+            for path in map(str, paths):
+                if Path(path).is_file():
+                    kept.append(path)
+                else:
+                    self._missing_manifest(role, path)
+
+    def _missing_manifest(self, role: str, path: str) -> None:
+        self.findings.append(
+            Finding(
+                "data-manifest-broken",
+                "prevents" if role == "train" or self.given_manifests is not None else "warning",
+                f"There is no manifest at {path} ({role}).",
+                "The path is wrong, or the manifest has not been made yet.",
+                {"path": path, "role": role},
+                ["give the path of an existing manifest, or make it: ./run.sh --stop-stage 1"],
+                1.0,
+                where=path,
+                unreadable=True,
+            )
+        )
+
+    def _open_model(self) -> None:
+        from tools.doctor.opening import ModelUnreadable, open_model
+
+        try:
+            self._probe = open_model(self)
+        except ModelUnreadable as error:
+            self._model_failed = True
+            self.findings.append(error.finding)
+
+    def _unreadable(self, symptom: str, where: str, fix: list[str]) -> None:
+        self.findings.append(
+            Finding("input-unreadable", "prevents", symptom, "It is not there, or not of the kind that was expected.",
+                    {}, fix, 1.0, where=where, unreadable=True)
+        )
+
+    # ---- the model -----------------------------------------------------------------------------------------
+
+    @property
+    def probe(self):
+        """probe.Probe around the live model; only for checks that need "model"."""
+        return self._probe
+
+    @property
+    def model(self):
+        """The live NeMo model."""
+        return self._probe.model
+
+    # ---- what several families ask -------------------------------------------------------------------------
+
+    @cached_property
+    def labels(self) -> list[str] | None:
+        """Characters the model can write, None for sub-word tokens or where nothing says."""
+        if self._probe is not None:
+            return self._probe.labels
+        if self.settings is not None and (self.settings.labels or self.settings.tokenizer_dir):
+            return self.settings.labels
+        return list(LABELS) if self.settings is None else None
+
+    @property
+    def sample_rate(self) -> int:
+        """Of the model, in Hz; 16000 where nothing says."""
+        if self.settings is not None and self.settings.sample_rate:
+            return self.settings.sample_rate
+        return 16000
+
+    @cached_property
+    def rows(self) -> dict[str, list[dict[str, Any]]]:
+        """Role -> the good rows of its manifests, audio paths resolved, `_at` = "file:line"."""
+        found: dict[str, list[dict[str, Any]]] = {}
+        for role, paths in self.manifests.items():
+            rows = found.setdefault(role, [])
+            for path in paths:
+                try:
+                    for line in scan_manifest(path):
+                        if line.row is not None and not line.problems:
+                            row = dict(line.row)
+                            row["audio_filepath"] = resolve_audio(row, path)
+                            row["_at"] = f"{path}:{line.number}"
+                            rows.append(row)
+                except ManifestError:
+                    continue  # the data family says so
+        return found
+
+    def seconds_left(self) -> float:
+        """Of the budget."""
+        import time
+
+        return self.deadline - time.monotonic()
+
+
+LIGHT_FAMILIES = {"data", "audio", "pairs", "schedule", "run", "metrics"}
