@@ -1,0 +1,179 @@
+"""What is known of a run, from a callback that watched it or from what it left behind, in one shape.
+
+A Trace holds series over steps and a few facts; `shape` reads from its loss whether anything was learned, when, and
+whether it was lost again. Standard library only.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass, field
+from statistics import fmean, median
+
+from tools.doctor.finding import Plot
+
+# Nats a character of English predicted by the best model that hears nothing (tools.report.curve draws the same line).
+LETTERS_ONLY = 2.85
+LEARNED = 0.8  # of that level: below it the audio has been used
+RANDOM = 0.93  # above this share of it nothing was learned
+
+Points = list[tuple[int, float]]
+
+
+@dataclass
+class BadStep:
+    """The first step at which something was not finite.
+
+    Attributes:
+        step: counted in optimizer steps.
+        what: "loss", "gradient", "log-probs", "parameters", "features", "audio".
+        origin: where it began: "audio", "features", "forward", "loss", "backward", "parameters" or "unknown".
+        module: name of the first module with a non-finite output (or of the parameter), "" where not known.
+        kind: class of that module.
+        inputs_finite: whether what the module was given, and its parameters, were finite.
+        utterances: of that batch.
+        details: further evidence, name -> value.
+        growth: largest absolute value over time of that module's output (frames, values), where it could be traced.
+        depth: (module, largest absolute output) in order of execution.
+    """
+
+    step: int
+    what: str
+    origin: str = "unknown"
+    module: str = ""
+    kind: str = ""
+    inputs_finite: bool = True
+    utterances: list[str] = field(default_factory=list)
+    details: dict = field(default_factory=dict)
+    growth: tuple[list[float], list[float]] | None = None
+    depth: list[tuple[str, float]] = field(default_factory=list)
+
+
+@dataclass
+class Trace:
+    """A run. Series: loss (nats a character where `loss_unit` is "character"), grad_norm, blank_rate, letter_rate (share
+    of the commonest label among the frames that are not blank), labels_used, lr, update (size of a step relative to
+    the weights), spread (how much log-probs differ from frame to frame), level (loss of the best constant output),
+    wait (share of time spent waiting for data), val_loss, val_wer, val_cer, val_blank_rate, infeasible."""
+
+    series: dict[str, Points] = field(default_factory=dict)
+    sources: list[str] = field(default_factory=list)
+    loss_unit: str = "unknown"
+    level: float | None = None  # of the loss, in its unit: the best output that does not listen
+    planned: int | None = None  # steps
+    warmup: int | None = None
+    clip: float | None = None  # 0: off, None: not known
+    precision: str = ""
+    optimizer: str = ""
+    recipe: str = ""
+    corpus: str = ""
+    ended: bool = False  # no further step will come
+    bad: BadStep | None = None
+    bad_steps: int = 0
+    zero_infinity: bool | None = None
+    utterances_seen: int = 0
+    infeasible: dict[str, tuple[int, int]] = field(default_factory=dict)  # utterance -> (frames needed, frames there)
+    infeasible_seen: int = 0
+    top_label: str = ""
+    target_share: dict[str, float] = field(default_factory=dict)  # label -> share of all targets
+    still: list[str] = field(default_factory=list)  # parameters that never moved or never had a gradient
+    settings: object = None  # configs.Settings, or None
+    messages: list[tuple[str, str]] = field(default_factory=list)  # (where, line) of logs that matter
+
+    def get(self, name: str) -> Points:
+        return self.series.get(name, [])
+
+    def values(self, name: str, since: float = 0.0) -> list[float]:
+        """Finite values of a series after a share `since` of its steps."""
+        points = self.get(name)
+        if not points:
+            return []
+        begin = points[0][0] + since * (points[-1][0] - points[0][0])
+        return [value for step, value in points if step >= begin and math.isfinite(value)]
+
+    @property
+    def last_step(self) -> int:
+        return max((points[-1][0] for points in self.series.values() if points), default=0)
+
+    def key(self, key: str) -> str:
+        """A configuration key as the user writes it."""
+        return self.settings.key(key) if self.settings is not None else key
+
+    def plot(self, title: str, names: dict[str, str], y_label: str, level: bool = False, note: str = "") -> Plot:
+        """Series by name -> label of the line, over steps; with the level of the best constant output where asked."""
+        series = {}
+        for name, label in names.items():
+            if points := self.get(name):
+                series[label] = ([p[0] for p in points], [p[1] for p in points])
+        if level and self.level:
+            series["letters alone"] = ([0, max(self.last_step, 1)], [self.level, self.level])
+        return Plot(title, "step", y_label, series, note)
+
+
+def smooth(points: Points, share: float = 0.05) -> Points:
+    """Running median over a share of the points (at least 5), so that one bad batch is no event."""
+    points = [(step, value) for step, value in points if math.isfinite(value)]
+    width = max(int(len(points) * share), 5)
+    return [(points[i][0], median(v for _, v in points[max(0, i - width + 1): i + 1])) for i in range(len(points))]
+
+
+@dataclass
+class Shape:
+    """What a loss curve looks like. Losses in the trace's unit; `learned` None where it cannot be told."""
+
+    first: float
+    best: float
+    best_step: int
+    last: float
+    last_step: int
+    level: float | None
+    learned: bool | None
+    lost: bool  # learned, and then lost it again
+    lost_step: int | None
+    flat: bool  # the second half brought less than 2 % of the level
+
+    @property
+    def stuck(self) -> bool:
+        return self.learned is False and self.level is not None and self.last > RANDOM * self.level
+
+
+def shape(trace: Trace) -> Shape | None:
+    """Reads the loss; None where there are fewer than four finite points."""
+    finite = [(s, v) for s, v in trace.get("loss") if math.isfinite(v)]
+    if len(finite) < 4:
+        return None
+    line = smooth(finite)
+    level = trace.level
+    if level is None and trace.loss_unit == "character":
+        level = LETTERS_ONLY
+    best_step, best = min(line, key=lambda p: p[1])
+    first = fmean(v for _, v in finite[: max(len(finite) // 20, 1)])
+    last_step, last = line[-1]
+    wers = trace.values("val_wer")
+    learned = None
+    if level is not None:
+        learned = best < LEARNED * level
+    if wers and min(wers) < 0.85:
+        learned = True
+    lost_step = None
+    top = level if level is not None else first
+    if learned and best < top:
+        threshold = best + 0.5 * (top - best)
+        after = [(s, v) for s, v in line if s > best_step]
+        # For good: every smoothed point from there on is above.
+        for s, v in reversed(after):
+            if v < threshold:
+                break
+            lost_step = s
+    half = [v for s, v in line if s >= (finite[0][0] + last_step) / 2]
+    scale = level if level is not None else max(abs(first), 1e-9)
+    flat = len(half) > 1 and abs(half[0] - half[-1]) < 0.02 * scale
+    return Shape(first, best, best_step, last, last_step, level, learned, lost_step is not None, lost_step, flat)
+
+
+def still_rising(points: Points) -> bool:
+    """Whether a learning rate was still in its warm-up at the end: never fell, and grew over the last third."""
+    values = [v for _, v in points if math.isfinite(v)]
+    if len(values) < 4:
+        return False
+    return all(b >= a * 0.999 for a, b in zip(values, values[1:])) and values[-1] > 1.2 * values[2 * len(values) // 3]
