@@ -1,0 +1,180 @@
+"""What the samples say, of some utterances drawn at random: silence, clipping, scale, a missing upper band. No torch."""
+
+from __future__ import annotations
+
+import random
+
+import numpy as np
+import soundfile
+
+from tools.doctor.finding import Finding, Plot
+from tools.doctor.registry import check
+from tools.doctor.subject import Subject
+
+SAMPLED = {"train": 120, "validation": 40, "test": 40}  # utterances read of each role
+LONGEST = 20.0  # seconds read of each
+SILENT, QUIET, LOUD = 3e-4, 3e-3, 1.05  # peak amplitudes, full scale is 1
+CLIPPED = 1e-3  # share of samples that lie on a flat top
+MANY = 0.2
+
+
+def sampled_audio(subject: Subject) -> list[dict]:
+    """Figures of the utterances drawn: role, at, file, peak, rms, mean, flat, spread, high; made once.
+
+    flat: share of samples in runs of 3 or more at the largest amplitude; spread: dB between loud and quiet frames;
+    high: share of energy above 55 % of the highest frequency; finite.
+    """
+    if not hasattr(subject, "_audio_figures"):
+        figures = []
+        for role, count in SAMPLED.items():
+            rows = subject.rows.get(role, [])
+            chosen = random.Random(subject.seed).sample(range(len(rows)), min(count, len(rows)))
+            for i in sorted(chosen):
+                found = measure(rows[i]["audio_filepath"], rows[i].get("offset", 0), rows[i]["duration"])
+                if found is not None:
+                    figures.append({"role": role, "at": rows[i]["_at"], "file": rows[i]["audio_filepath"], **found})
+        subject._audio_figures = figures
+    return subject._audio_figures
+
+
+def measure(path: str, offset: float, duration: float) -> dict | None:
+    """Figures of one utterance's samples (see sampled_audio); None where it cannot be read."""
+    try:
+        with soundfile.SoundFile(path) as file:
+            rate = file.samplerate
+            file.seek(round(offset * rate))
+            x = file.read(round(min(duration, LONGEST) * rate), dtype="float32", always_2d=True).mean(axis=1)
+    except (RuntimeError, OSError, ValueError):
+        return None
+    if len(x) < 400:
+        return None
+    finite = bool(np.isfinite(x).all())
+    x = np.nan_to_num(x.astype(np.float64))
+    size = np.abs(x)
+    peak = float(size.max())
+    # Flat tops: clipping repeats the very same largest value, speech touches it for a sample or two.
+    at_top = np.concatenate([[0], (size >= peak * 0.9999).astype(np.int8), [0]]) if peak > 0 else np.zeros(2, np.int8)
+    edges = np.flatnonzero(np.diff(at_top))
+    runs = edges[1::2] - edges[::2]
+    frames = x[: len(x) // 400 * 400].reshape(-1, 400)
+    level = 10 * np.log10((frames**2).mean(axis=1) + 1e-20)
+    spectrum = np.abs(np.fft.rfft(frames * np.hanning(400), axis=1)) ** 2
+    total = float(spectrum[:, 2:].sum())
+    return {
+        "peak": peak, "rms": float(np.sqrt((x**2).mean())), "mean": float(x.mean()), "finite": finite,
+        "flat": float(runs[runs >= 3].sum() / len(x)), "spread": float(np.percentile(level, 95) - np.percentile(level, 10)),
+        "high": float(spectrum[:, int(0.55 * 200):].sum() / total) if total > 0 else 0.0, "rate": rate,
+    }
+
+
+def _hit(figures: list[dict], test) -> dict[str, list[dict]]:
+    """Role -> figures that pass `test`, roles without any left out."""
+    found: dict[str, list[dict]] = {}
+    for figure in figures:
+        if test(figure):
+            found.setdefault(figure["role"], []).append(figure)
+    return found
+
+
+def _is_silent(figure: dict) -> bool:
+    # Nothing at all, or no loud and quiet parts: a hum or hiss at the lowest level is no speech.
+    return figure["finite"] and (figure["peak"] < 1e-6 or (figure["peak"] < QUIET and figure["spread"] < 10)
+                                 or figure["rms"] < 1e-7)
+
+
+def _report(subject, hits, figures, fault, symptom, cause, fix, least=MANY, key="peak", confidence=0.95, top="prevents"):
+    """One finding a role: "prevents" from a share of `least` of the training utterances drawn."""
+    for role, hit in hits.items():
+        drawn = sum(figure["role"] == role for figure in figures)
+        share = len(hit) / drawn
+        yield Finding(
+            fault,
+            top if role == "train" and share >= least else "warning",
+            f"{len(hit)} of {drawn} utterances drawn from {role} {symptom}: {hit[0]['file']}.",
+            cause,
+            {"share": round(share, 3), "drawn": drawn, key: [round(figure[key], 6) for figure in hit[:5]],
+             "files": [figure["at"] for figure in hit[:5]]},
+            fix,
+            confidence,
+            where=hit[0]["at"],
+            plots=[_histogram(figures, role, key)],
+        )
+
+
+def _histogram(figures, role, key) -> Plot:
+    values = sorted(figure[key] for figure in figures if figure["role"] == role)
+    shares = [(i + 1) / len(values) for i in range(len(values))]
+    return Plot(f"{key} of the utterances drawn from {role}", key, "share of utterances below", {role: (values, shares)})
+
+
+@check("audio", faults=("data-silence",), needs=("manifests",))
+def silence(subject):
+    """Audio holds sound."""
+    figures = sampled_audio(subject)
+    yield from _report(
+        subject, _hit(figures, _is_silent), figures, "data-silence", "hold no sound",
+        "The files were written empty, or the wrong channel or part was cut out; the model is taught that silence means "
+        "words.",
+        ["listen to the files named; write them again from the originals, or drop them"],
+    )
+
+
+@check("audio", faults=("data-clipped",), needs=("manifests",))
+def clipping(subject):
+    """Audio is not clipped."""
+    figures = sampled_audio(subject)
+    yield from _report(
+        subject, _hit(figures, lambda f: f["flat"] > CLIPPED and not _is_silent(f)), figures, "data-clipped",
+        "are clipped (their waves have flat tops)",
+        "They were recorded or scaled too loud: all above full scale is cut off, which adds sounds that were not "
+        "spoken. A little of it does little harm, much of it hides the speech.",
+        ["write them again from the originals with a lower gain; do not multiply samples beyond 1.0"],
+        least=0.5, key="flat", top="warning",
+    )
+
+
+@check("audio", faults=("data-scale",), needs=("manifests",))
+def scale(subject):
+    """Samples lie between -1 and 1, and use that range."""
+    figures = sampled_audio(subject)
+    yield from _report(
+        subject, _hit(figures, lambda f: f["peak"] > LOUD), figures, "data-scale",
+        "have samples far outside -1 to 1",
+        "Integers were stored as floats without dividing by 32768. Features then lie far from those of other audio, "
+        "and dither and the floor of the logarithm mean nothing.",
+        ["divide by 32768 before writing, or write 16-bit PCM (soundfile.write(..., subtype='PCM_16'))"], least=0.02,
+    )
+    yield from _report(
+        subject, _hit(figures, lambda f: f["finite"] and f["peak"] < SILENT * 3 and not _is_silent(f)), figures,
+        "data-scale", "are speech at less than a thousandth of full scale",
+        "Samples were divided twice. The features' floor (2^-24 under the logarithm) and dither hide most of such "
+        "speech.",
+        ["write the audio again with its full range; peaks belong between 0.05 and 1"],
+    )
+    offset = _hit(figures, lambda f: abs(f["mean"]) > 0.05 and abs(f["mean"]) > 0.3 * f["rms"])
+    yield from _report(
+        subject, offset, figures, "data-scale", "have a constant offset",
+        "The waveform does not swing around zero: unsigned samples were read as signed, or the recorder has a fault.",
+        ["subtract the mean of each file, or read it with its true sample format"], key="mean", least=0.5,
+    )
+
+
+@check("audio", faults=("data-sample-rate",), needs=("manifests",))
+def upper_band(subject):
+    """Audio has the upper frequencies that its sampling rate promises."""
+    figures = [figure for figure in sampled_audio(subject) if not _is_silent(figure)]
+    for role, hit in _hit(figures, lambda f: f["high"] < 1e-7).items():
+        drawn = sum(figure["role"] == role for figure in figures)
+        if drawn >= 3 and len(hit) >= MANY * drawn:
+            yield Finding(
+                "data-sample-rate",
+                "warning",
+                f"{len(hit)} of {drawn} utterances drawn from {role} have nothing in the upper half of their band.",
+                "They were resampled from half the rate or less (telephone speech). Mel bins up there hold only the "
+                "floor; mixed with other audio, they make two kinds of input.",
+                {"share": round(len(hit) / drawn, 3), "energy above 55 % of the band": [f["high"] for f in hit[:5]],
+                 "files": [figure["at"] for figure in hit[:5]]},
+                [f"train and test at the original rate: model.sample_rate={hit[0]['rate'] // 2}, with fewer mel bins"],
+                0.6,
+                where=hit[0]["at"],
+            )

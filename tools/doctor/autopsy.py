@@ -1,0 +1,269 @@
+"""Finds the first module whose output is not finite, or exploding, by computing the batch again with every module watched.
+
+Runs at the parameters with which it happened, before the optimizer has touched them; random states and buffers are as they
+were before and are put back after.
+"""
+
+from __future__ import annotations
+
+import math
+import random
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor, nn
+from torch.nn.utils.rnn import PackedSequence, pad_packed_sequence
+
+from tools.doctor.trace import BadStep
+
+EXPLODING = 1e6  # largest absolute value: nothing in a model that trains comes near it
+
+
+@dataclass
+class Output:
+    """What one module gave: its largest absolute value, and whether it, its input and its own parameters were finite."""
+
+    name: str
+    kind: str
+    largest: float
+    finite: bool
+    inputs_finite: bool
+    input_largest: float
+    dtype: str
+    growth: tuple[list[float], list[float]] | None = None
+
+
+@dataclass
+class Watch:
+    """Hooks on modules for the length of a `with`; `outputs` in order of execution."""
+
+    model: nn.Module
+    leaves_only: bool = False
+    times: tuple[int, ...] = ()  # lengths that a time axis may have
+    outputs: list[Output] = field(default_factory=list)
+
+    def __enter__(self) -> Watch:
+        self._handles = []
+        for name, module in self.model.named_modules():
+            recurrent = isinstance(module, nn.RNNBase)
+            if not name or (self.leaves_only and not recurrent and next(module.children(), None) is not None):
+                continue
+            self._handles.append(module.register_forward_hook(self._hook(name), with_kwargs=True))
+        return self
+
+    def __exit__(self, *exception) -> None:
+        for handle in self._handles:
+            handle.remove()
+
+    def _hook(self, name: str):
+        def see(module, arguments, keywords, output):
+            with torch.no_grad():
+                given = tensors((arguments, keywords))
+                for tensor in tensors(output)[:1]:
+                    largest = largest_value(tensor)
+                    finite = math.isfinite(largest)
+                    self.outputs.append(Output(
+                        name, type(module).__name__, largest, finite,
+                        all(math.isfinite(largest_value(t)) for t in given) if not finite else True,
+                        max((largest_value(t) for t in given), default=0.0) if not finite or largest > EXPLODING else 0.0,
+                        str(tensor.dtype).removeprefix("torch."),
+                        self._growth(module, tensor) if not finite or largest > 1e3 else None,
+                    ))
+
+        return see
+
+    def _growth(self, module, tensor: Tensor):
+        """Largest absolute value in each frame, for outputs with a time axis that can be told."""
+        if getattr(module, "bidirectional", False):  # the other direction grows towards the first frame
+            tensor = tensor[..., : tensor.shape[-1] // 2]
+        if tensor.dim() < 3:
+            return None
+        axes = [axis for axis in range(tensor.dim()) if tensor.shape[axis] in self.times]
+        if not axes and isinstance(module, nn.RNNBase):
+            axes = [1 if module.batch_first else 0]
+        if not axes:
+            return None
+        axis = axes[0]
+        per_frame = tensor.detach().float().abs().movedim(axis, 0).flatten(1).amax(dim=1)
+        keep = torch.linspace(0, len(per_frame) - 1, min(len(per_frame), 200), device=per_frame.device).long().unique()
+        return keep.tolist(), per_frame[keep].tolist()
+
+
+def tensors(value) -> list[Tensor]:
+    """Floating tensors in nested arguments or outputs, packed sequences unpacked to (T, B, D)."""
+    if isinstance(value, Tensor):
+        return [value] if value.is_floating_point() and value.numel() else []
+    if isinstance(value, PackedSequence):
+        return [pad_packed_sequence(value)[0]]
+    if isinstance(value, dict):
+        return [tensor for item in value.values() for tensor in tensors(item)]
+    if isinstance(value, (list, tuple)):
+        return [tensor for item in value for tensor in tensors(item)]
+    return []
+
+
+def largest_value(tensor: Tensor) -> float:
+    """Largest absolute value; NaN or inf where there is one."""
+    return float(tensor.detach().abs().amax())
+
+
+def broken_parameters(model: nn.Module) -> list[str]:
+    """Names of parameters with a value that is not finite."""
+    return [name for name, p in model.named_parameters() if not bool(torch.isfinite(p.detach()).all())]
+
+
+class RandomState:
+    """The random states at one moment, to compute a batch again as it was."""
+
+    def __init__(self, device: torch.device):
+        self.device = device
+        self.cpu = torch.get_rng_state()
+        self.cuda = torch.cuda.get_rng_state(device) if device.type == "cuda" else None
+
+    def restore(self) -> None:
+        torch.set_rng_state(self.cpu)
+        if self.cuda is not None:
+            torch.cuda.set_rng_state(self.cuda, self.device)
+
+
+def examine_batch(model, batch, batch_idx: int, step: int, state: RandomState | None, call, gradients_bad: bool,
+                  names: list[str], rerun: bool = True) -> BadStep:
+    """The BadStep of a batch whose loss or gradient was not finite, with its origin and first module.
+
+    Args:
+        model: the LightningModule, gradients of the bad backward still in place, parameters not yet updated.
+        batch, batch_idx: as `training_step` got them.
+        step: optimizer steps done.
+        state: random states before the batch, or None.
+        call: listen.Call of the batch's CTC loss, or None.
+        gradients_bad: whether a gradient is not finite.
+        names: of the batch's utterances, "" where unknown.
+        rerun: False where a forward pass of one device alone would wait for the others.
+    """
+    loss_bad = call is None or not bool(call.finite())
+    bad = BadStep(step, "loss" if loss_bad else "gradient", utterances=names)
+    broken = broken_parameters(model)
+    if broken:
+        bad.origin, bad.module, bad.inputs_finite = "parameters", broken[0], False
+        bad.details = {"parameters that are not finite": broken[:12], "of them": len(broken)}
+        return bad
+    if (rows := _bad_rows(batch)) is not None:
+        bad.origin, bad.what = "audio", "audio"
+        bad.utterances = [names[row] if row < len(names) else f"row {row}" for row in rows]
+        return bad
+    outputs: list[Output] = []
+    if rerun:
+        outputs = forward_again(model, batch, batch_idx, state, call)
+        bad.depth = [(o.name, o.largest) for o in outputs]
+    culprit = next((o for o in outputs if not o.finite or o.largest > EXPLODING), None)
+    if culprit is not None:
+        bad.origin = "features" if "preprocessor" in culprit.name or "featurizer" in culprit.name else "forward"
+        _describe(bad, culprit, outputs)
+    elif call is not None and not bool(torch.isfinite(call.log_probs).all()):
+        bad.origin, bad.what = "forward" if outputs == [] else "unknown", "log-probs"
+        bad.details["note"] = "the same batch computed again is finite: dropout or the order of sums decides"
+    elif loss_bad and call is not None:
+        bad.origin = "loss"
+        bad.details["loss"] = str(float(call.per_label()))
+    elif gradients_bad:
+        bad.origin = "backward"
+        _nearest_to_loss(bad, model, outputs)
+    if call is not None and loss_bad:
+        bad.details.setdefault("log-probs are finite", bool(torch.isfinite(call.log_probs).all()))
+        bad.details.setdefault("zero_infinity", call.zero_infinity)
+    return bad
+
+
+def forward_again(model, batch, batch_idx: int, state: RandomState | None, call) -> list[Output]:
+    """Outputs of all modules for the batch, computed once more; the model is as before afterwards."""
+    now = RandomState(next(model.parameters()).device)
+    python = random.getstate()
+    buffers = {name: buffer.clone() for name, buffer in model.named_buffers()}
+    watch = Watch(model, times=tuple(times_of(batch, call)))
+    if state is not None:
+        state.restore()
+    try:
+        with torch.no_grad(), watch:
+            if is_nemo(model) and isinstance(batch, (list, tuple)) and len(batch) >= 2:
+                with torch.autocast(model.device.type, **_autocast(model)):
+                    model.forward(input_signal=batch[0], input_signal_length=batch[1])
+            else:
+                _quiet_step(model, batch, batch_idx)
+    except Exception as error:  # what was seen up to the error is still worth reporting
+        watch.outputs.append(Output(f"(the forward pass ended: {type(error).__name__})", "", 0.0, True, True, 0.0, ""))
+    finally:
+        now.restore()
+        random.setstate(python)
+        for name, buffer in model.named_buffers():
+            if name in buffers:
+                buffer.copy_(buffers[name])
+    return watch.outputs
+
+
+def is_nemo(model) -> bool:
+    """Whether the model is called as NeMo's CTC models are."""
+    return hasattr(model, "preprocessor") and hasattr(model, "encoder") and hasattr(model, "decoder")
+
+
+def times_of(batch, call) -> list[int]:
+    """Lengths that a time axis of this batch can have: output frames and, at usual hops, feature frames."""
+    times = []
+    if call is not None:
+        frames = call.log_probs.shape[0]
+        times.append(frames)
+        for stride in (2, 4, 8):
+            times += [frames * stride + k for k in range(-stride, stride + 1)]
+    return times
+
+
+def _autocast(model) -> dict:
+    precision = str(getattr(getattr(model, "_trainer", None), "precision", "32"))
+    kinds = {"bf16-mixed": torch.bfloat16, "16-mixed": torch.float16}
+    return {"dtype": kinds[precision]} if precision in kinds else {"enabled": False}
+
+
+def _quiet_step(model, batch, batch_idx: int) -> None:
+    """training_step without its logging."""
+    silenced = {name: (lambda *a, **k: None) for name in ("log", "log_dict")}
+    for name, function in silenced.items():
+        object.__setattr__(model, name, function)
+    try:
+        with torch.autocast(model.device.type, **_autocast(model)):
+            model.training_step(batch, batch_idx)
+    finally:
+        for name in silenced:
+            object.__delattr__(model, name)
+
+
+def _bad_rows(batch) -> list[int] | None:
+    """Rows of the batch's first floating tensor that are not finite, or None."""
+    for tensor in tensors(list(batch.values()) if isinstance(batch, dict) else batch)[:1]:
+        rows = (~torch.isfinite(tensor)).flatten(1).any(dim=1) if tensor.dim() > 1 else ~torch.isfinite(tensor)
+        if bool(rows.any()):
+            return torch.nonzero(rows).flatten().tolist()
+    return None
+
+
+def _describe(bad: BadStep, culprit: Output, outputs: list[Output]) -> None:
+    bad.module, bad.kind, bad.inputs_finite = culprit.name, culprit.kind, culprit.inputs_finite
+    bad.what = "loss"
+    bad.growth = culprit.growth
+    bad.details["largest output of that module"] = culprit.largest
+    bad.details["largest value it was given"] = culprit.input_largest
+    bad.details["dtype"] = culprit.dtype
+    at = outputs.index(culprit)
+    bad.depth = [(o.name, o.largest) for o in outputs[: at + 1]]
+
+
+def _nearest_to_loss(bad: BadStep, model, outputs: list[Output]) -> None:
+    """The last module in order of execution one of whose own parameters has a gradient that is not finite."""
+    broken = {}
+    for name, p in model.named_parameters():
+        if p.grad is not None and not bool(torch.isfinite(p.grad).all()):
+            broken.setdefault(name.rsplit(".", 1)[0], name)
+    bad.details["parameters with such a gradient"] = len(broken)
+    order = {o.name: k for k, o in enumerate(outputs)}
+    modules = sorted(broken, key=lambda name: order.get(name, -1))
+    if modules:
+        kinds = {o.name: o.kind for o in outputs}
+        bad.module, bad.kind = modules[-1], kinds.get(modules[-1], "")

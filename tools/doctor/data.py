@@ -1,0 +1,383 @@
+"""What the lines of manifests say: broken lines, missing audio, characters, empty text, durations, rates, duplicates.
+
+Reads by `manifests.validate`, header of every audio file included. No torch.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import os
+from collections import Counter, defaultdict
+from collections.abc import Iterable, Iterator
+
+from manifests.report import Finding as LineFinding
+from manifests.report import Report as Validation
+from manifests.report import name_character
+from manifests.validate import validate
+from tools.doctor.finding import Finding
+from tools.doctor.registry import NotExamined, check
+from tools.doctor.subject import Subject
+
+MANY = 0.2  # share of a manifest's utterances from which on a fault of the data keeps a model from learning
+EXAMPLES = 5
+
+BROKEN_LINES = {
+    "unreadable", "empty_manifest", "bom", "not_utf8", "not_json", "not_object", "blank_line", "missing_field",
+    "wrong_type", "bad_string", "bad_path", "bad_offset", "bad_sampling_rate",
+}
+
+
+def validation(subject: Subject) -> Validation:
+    """The validator's report over all manifests of the subject, made once."""
+    if not hasattr(subject, "_validation"):
+        train = subject.manifests.get("train", [])
+        known = {os.path.normpath(path) for path in train}
+        # The same file for training and testing is a leak of its own (leakage); the validator takes each file once.
+        held_out = [p for role in ("validation", "test") for p in subject.manifests.get(role, [])
+                    if os.path.normpath(p) not in known]
+        labels = subject.labels
+        subject._validation = validate(
+            labels=labels, audio=True, train=train, test=held_out, sampling_rate=subject.sample_rate,
+            frames_per_second=0,
+        )
+    return subject._validation
+
+
+def by_file(subject: Subject, codes: Iterable[str]) -> Iterator[tuple[str, int, list[LineFinding]]]:
+    """(manifest, its utterances, its findings of these codes) for each manifest that has any."""
+    codes = set(codes)
+    found: dict[str, list[LineFinding]] = defaultdict(list)
+    for finding in validation(subject).findings:
+        if finding.code in codes:
+            found[finding.file].append(finding)
+    sizes = {file.path: file.lines for file in validation(subject).files}
+    for file, findings in found.items():
+        yield file, max(sizes.get(file, 0), 1), findings
+
+
+def role_of(subject: Subject, file: str) -> str:
+    for role, paths in subject.manifests.items():
+        if file in (os.path.normpath(path) for path in paths):
+            return role
+    return "train"
+
+
+def grade(subject: Subject, file: str, lines: int, utterances: int) -> str:
+    """ "prevents" where many of the training lines are hit, else "warning"."""
+    return "prevents" if role_of(subject, file) == "train" and lines >= MANY * utterances else "warning"
+
+
+def stops_at_text(subject: Subject, file: str) -> bool:
+    """Our own recipes stop at the first training text that the labels cannot spell."""
+    return bool(subject.settings and subject.settings.recipe) and role_of(subject, file) == "train"
+
+
+def examples(findings: list[LineFinding]) -> list[str]:
+    return [f"line {finding.line}: {finding.message}"[:200] for finding in findings[:EXAMPLES]]
+
+
+def lines_of(findings: Iterable[LineFinding]) -> int:
+    return len({finding.line for finding in findings})
+
+
+@check("data", faults=("data-manifest-broken",), needs=("manifests",))
+def manifest_lines(subject):
+    """Every manifest line can be read."""
+    lhotse = bool(subject.settings and subject.settings.get("model.train_ds.use_lhotse"))
+    for file, utterances, found in by_file(subject, BROKEN_LINES):
+        # A text that is not there at all is an empty target, told by empty_texts.
+        found = [f for f in found if not (f.code == "missing_field" and "no 'text' field" in f.message)]
+        if not found:
+            continue
+        blank = all(finding.code == "blank_line" for finding in found)
+        yield Finding(
+            "data-manifest-broken",
+            "warning" if blank and not lhotse else "prevents",
+            f"{lines_of(found)} line{'s' * (lines_of(found) != 1)} of {file} cannot be used: {found[0].message}.",
+            "NeMo's loaders raise an error far from the cause, or misread such a line without a word.",
+            {"lines": lines_of(found), "of": utterances, "kinds": dict(Counter(f.code for f in found)),
+             "first": examples(found)},
+            [f"python -m manifests.validate {file} lists every one; mend or drop them"],
+            1.0,
+            where=f"{file}:{found[0].line}",
+            unreadable=all(finding.code == "unreadable" for finding in found),
+        )
+
+
+@check("data", faults=("data-missing-audio",), needs=("manifests",))
+def audio_is_there(subject):
+    """Every audio file is there and whole."""
+    for file, utterances, found in by_file(subject, {"missing_audio", "broken_audio"}):
+        count = lines_of(found)
+        missing = sum(finding.code == "missing_audio" for finding in found)
+        yield Finding(
+            "data-missing-audio",
+            "prevents" if role_of(subject, file) == "train" else "warning",
+            f"{count} of {utterances} utterances of {file} have no audio: {missing} files are not there, "
+            f"{count - missing} cannot be read or are cut off.",
+            "NeMo's own loader stops at the first; its lhotse loader drops them with a warning, and a batch left empty "
+            "dies as `max() arg is an empty sequence`.",
+            {"missing": missing, "unreadable": count - missing, "first": examples(found)},
+            ["mend the paths or build the manifest again: python -m manifests.corpus build NAME --data DIR --out OUT",
+             f"or drop those lines: python -m manifests.validate {file} --audio lists them"],
+            1.0,
+            where=f"{file}:{found[0].line}",
+        )
+
+
+@check("data", faults=("data-upper-case",), needs=("manifests",))
+def case_of_text(subject):
+    """Text and labels have the same case."""
+    for file, utterances, found in by_file(subject, {"upper_case"}):
+        count = lines_of(found)
+        yield Finding(
+            "data-upper-case",
+            "prevents" if stops_at_text(subject, file) else grade(subject, file, count, utterances),
+            f"{count} of {utterances} texts of {file} have capitals, the labels are lower case: {found[0].message}.",
+            "NeMo drops every character that is not among the labels without a word: of an upper-case text only the "
+            "spaces are left as targets, and the model learns those. Our recipes stop at such a text.",
+            {"utterances": count, "of": utterances, "first": examples(found)},
+            ["lower-case the texts: manifests.text.normalize does it",
+             "+model.train_ds.normalize_transcripts=true (NeMo's own text cleaning, off by default)"],
+            1.0,
+            where=f"{file}:{found[0].line}",
+        )
+
+
+@check("data", faults=("data-characters",), needs=("manifests",))
+def characters_of_text(subject):
+    """Texts hold only what the labels can spell."""
+    if subject.labels is None:
+        raise NotExamined("no character labels are known (sub-word tokens, or no configuration)")
+    outside = validation(subject).outside
+    for file, utterances, found in by_file(subject, {"outside_labels"}):
+        count = lines_of(found)
+        kinds = {name_character(char): info["count"] for char, info in
+                 sorted(outside.items(), key=lambda item: -item[1]["count"]) if char.lower() not in subject.labels}
+        control = [char for char in outside if not char.isprintable()]
+        yield Finding(
+            "data-characters",
+            "prevents" if stops_at_text(subject, file) else grade(subject, file, count, utterances),
+            f"{count} of {utterances} texts of {file} hold characters that are not among the labels"
+            f"{' (control characters too)' if control else ''}: {', '.join(list(kinds)[:12])}.",
+            "Our recipes stop at such a text; NeMo drops the characters without a word, so that targets lack what is "
+            "spoken.",
+            {"utterances": count, "of": utterances, "characters": kinds, "first": examples(found)},
+            ["spell numbers out and remove punctuation: manifests.text.normalize, or drop those lines",
+             "or add the characters to model.labels, if they are part of the language"],
+            1.0,
+            where=f"{file}:{found[0].line}",
+        )
+
+
+@check("data", faults=("data-empty-text",), needs=("manifests",))
+def empty_texts(subject):
+    """No text is empty."""
+    for file, utterances, found in by_file(subject, {"empty_text", "missing_field"}):
+        found = [f for f in found if f.code == "empty_text" or "no 'text' field" in f.message]
+        count = lines_of(found)
+        if not count:
+            continue
+        absent = sum(finding.code == "missing_field" for finding in found)
+        yield Finding(
+            "data-empty-text",
+            grade(subject, file, count, utterances),
+            f"{count} of {utterances} utterances of {file} have no text ({absent} have no `text` field at all).",
+            "To NeMo that is an empty target: the model is taught that this speech is silence.",
+            {"utterances": count, "of": utterances, "first": examples(found)},
+            ["give the words or drop those lines", f"python -m manifests.validate {file} lists them"],
+            1.0,
+            where=f"{file}:{found[0].line}",
+        )
+
+
+@check("data", faults=("data-duration-wrong",), needs=("manifests",))
+def durations(subject):
+    """Durations are those of the audio."""
+    for file, utterances, found in by_file(subject, {"duration_mismatch", "bad_duration"}):
+        count = lines_of(found)
+        yield Finding(
+            "data-duration-wrong",
+            grade(subject, file, count, utterances),
+            f"{count} of {utterances} durations of {file} are not those of the audio: {found[0].message}.",
+            "Loaders read as many seconds as the manifest says: too short a duration cuts the end of the speech off "
+            "while its text stays, too long a one breaks batches by duration and the filters.",
+            {"utterances": count, "of": utterances, "first": examples(found)},
+            ["take durations from the audio's headers: build the manifest again (python -m manifests.corpus build, or "
+             "python -m manifests.own_data)"],
+            1.0,
+            where=f"{file}:{found[0].line}",
+        )
+
+
+@check("data", faults=("data-sample-rate",), needs=("manifests",))
+def sampling_rates(subject):
+    """Audio, manifest and model agree on the sampling rate."""
+    yield from _configured_rates(subject)
+    for file, utterances, found in by_file(subject, {"rate_mismatch", "other_rate"}):
+        lies = [finding for finding in found if finding.code == "rate_mismatch"]
+        count = lines_of(found)
+        yield Finding(
+            "data-sample-rate",
+            grade(subject, file, lines_of(lies), utterances) if lies else "warning",
+            f"{count} of {utterances} utterances of {file} are not at {subject.sample_rate} Hz: {found[0].message}.",
+            "A rate that the manifest states wrongly makes speech too fast or slow, or is refused late; audio at "
+            "another rate is resampled while training, which takes time and, from below, brings no high frequencies.",
+            {"utterances": count, "of": utterances, "stated wrongly": lines_of(lies),
+             "rates": dict(Counter(f.value for f in found)), "first": examples(found)},
+            [f"resample the audio to {subject.sample_rate} Hz and build the manifest again"],
+            1.0 if lies else 0.8,
+            where=f"{file}:{found[0].line}",
+        )
+
+
+def _configured_rates(subject):
+    """The sections of one configuration that name different rates."""
+    settings = subject.settings
+    if settings is None:
+        return
+    keys = ("model.preprocessor.sample_rate", "model.train_ds.sample_rate", "model.validation_ds.sample_rate",
+            "model.sample_rate")
+    rates = {settings.key(key): int(value) for key in keys if (value := settings.number(key)) is not None}
+    if len(set(rates.values())) > 1:
+        model = rates.get(settings.key("model.preprocessor.sample_rate"))
+        wrong = [key for key, rate in rates.items() if model is not None and rate != model]
+        yield Finding(
+            "data-sample-rate",
+            "prevents",
+            f"The configuration names different sampling rates: {', '.join(f'{k}={v}' for k, v in rates.items())}.",
+            "Audio is loaded at one rate and its features are computed as if it had another: time and frequency are "
+            "stretched.",
+            {"rates": rates},
+            [f"{key}={model}" for key in wrong] or ["give all of them the audio's rate"],
+            0.95,
+            where=(wrong or list(rates))[0],
+        )
+
+
+@check("data", faults=("data-channels",), needs=("manifests",))
+def channels(subject):
+    """Every file has one channel."""
+    for file, utterances, found in by_file(subject, {"not_mono"}):
+        count = lines_of(found)
+        yield Finding(
+            "data-channels",
+            "prevents" if role_of(subject, file) == "train" else "warning",
+            f"{count} of {utterances} utterances of {file} have more than one channel: {found[0].message}.",
+            "NeMo's own loader dies of them with a TypeError, its lhotse loader makes a batch with one axis too many.",
+            {"utterances": count, "of": utterances, "first": examples(found)},
+            ["mix down to one channel: sox IN OUT remix - , or keep the channel that has the speech"],
+            1.0,
+            where=f"{file}:{found[0].line}",
+        )
+
+
+@check("data", faults=("data-duplicates",), needs=("manifests",))
+def duplicates(subject):
+    """No utterance stands twice in one manifest."""
+    for file, utterances, found in by_file(subject, {"duplicate_audio", "duplicate_id"}):
+        yield _duplicate(subject, file, utterances, lines_of(found), examples(found), found[0].line)
+    named = {file for file, _, _ in by_file(subject, {"duplicate_audio", "duplicate_id"})}
+    for role, rows in subject.rows.items():
+        twice = [(a, b) for a, b in same_audio(rows) if a["_at"].rpartition(":")[0] == b["_at"].rpartition(":")[0]]
+        if twice and (file := twice[0][1]["_at"].rpartition(":")[0]) not in named:
+            first = [f"{b['audio_filepath']} is a copy of {a['audio_filepath']}" for a, b in twice[:EXAMPLES]]
+            yield _duplicate(subject, file, len(rows), len(twice), first, int(twice[0][1]["_at"].rpartition(":")[2]))
+
+
+def _duplicate(subject, file, utterances, count, first, line) -> Finding:
+    return Finding(
+        "data-duplicates",
+        "warning",
+        f"{count} of {utterances} utterances of {file} are there twice.",
+        "An utterance that stands twice weighs double, and in a test set makes the error rate that of a few.",
+        {"utterances": count, "of": utterances, "first": first},
+        [f"drop the second of each: python -m manifests.validate {file} lists them"],
+        1.0,
+        where=f"{file}:{line}",
+    )
+
+
+def same_audio(rows: list[dict], others: list[dict] | None = None) -> list[tuple[dict, dict]]:
+    """Pairs of rows under different paths whose files hold the same bytes: within `rows`, or of `rows` and `others`.
+
+    Files are read only where text, duration and size agree.
+    """
+    groups: dict[tuple, list[dict]] = defaultdict(list)
+    for row in rows:
+        groups[row["text"], round(row["duration"], 2)].append(row)
+    pairs = []
+    candidates = [(members[0], member) for members in groups.values() for member in members[1:]] if others is None else [
+        (first, other) for other in others for first in groups.get((other["text"], round(other["duration"], 2)), ())[:3]
+    ]
+    for first, second in candidates:
+        paths = first["audio_filepath"], second["audio_filepath"]
+        if paths[0] == paths[1] or first.get("offset") or second.get("offset"):
+            continue
+        try:
+            if os.path.getsize(paths[0]) == os.path.getsize(paths[1]) and _digest(paths[0]) == _digest(paths[1]):
+                pairs.append((first, second))
+        except OSError:
+            continue  # missing audio is told elsewhere
+    return pairs
+
+
+def _digest(path: str) -> bytes:
+    with open(path, "rb") as file:
+        return hashlib.file_digest(file, "sha1").digest()
+
+
+@check("data", faults=("data-leakage",), needs=("manifests",))
+def leakage(subject):
+    """Nothing of train is in the validation or test sets."""
+    train = {os.path.normpath(path) for path in subject.manifests.get("train", [])}
+    held_out = [(role, path) for role in ("validation", "test") for path in subject.manifests.get(role, [])]
+    if not train or not held_out:
+        raise NotExamined("takes a manifest for train and one for validation or test")
+    for role, path in held_out:
+        if os.path.normpath(path) in train:
+            yield _leak(path, 1.0, f"{path} is the manifest of train and of {role}.", {}, 1.0)
+    shared = {f: (n, found) for f, n, found in by_file(subject, {"shared_audio", "shared_id"}) if f not in train}
+    for file, (utterances, found) in shared.items():
+        share = lines_of(found) / utterances
+        symptom = f"{lines_of(found)} of {utterances} utterances of {file} are in train too."
+        yield _leak(file, share, symptom, {"utterances": lines_of(found), "of": utterances, "first": examples(found)}, 1.0)
+    for role in ("validation", "test"):
+        rows = subject.rows.get(role, [])
+        pairs = same_audio(subject.rows.get("train", []), rows) if rows else []
+        file = pairs[0][1]["_at"].rpartition(":")[0] if pairs else ""
+        if pairs and os.path.normpath(file) not in shared:
+            first = [f"{b['audio_filepath']} is {a['audio_filepath']}" for a, b in pairs[:EXAMPLES]]
+            symptom = f"{len(pairs)} of {len(rows)} utterances for {role} are, byte by byte, in train under other names."
+            yield _leak(file, len(pairs) / len(rows), symptom, {"utterances": len(pairs), "first": first}, 1.0)
+    yield from _shared_texts(subject, set(shared) | train)
+
+
+def _shared_texts(subject, told: set[str]):
+    texts = {row["text"] for row in subject.rows.get("train", []) if len(row["text"].split()) >= 4}
+    for role in ("validation", "test"):
+        rows = [row for row in subject.rows.get(role, []) if len(row["text"].split()) >= 4]
+        known = [row for row in rows if row["text"] in texts]
+        if known and not {os.path.normpath(row["_at"].rpartition(":")[0]) for row in known} & told:
+            share = len(known) / len(rows)
+            if share < 0.02:
+                continue  # people say the same short things
+            finding = _leak(known[0]["_at"], share, f"{len(known)} of {len(rows)} sentences of {role} are, word by "
+                            "word, in train too (as other recordings).",
+                            {"sentences": len(known), "first": [row["text"] for row in known[:3]]}, 0.6)
+            finding.weight = "warning" if share > 0.1 else "note"
+            yield finding
+
+
+def _leak(where: str, share: float, symptom: str, evidence: dict, confidence: float) -> Finding:
+    return Finding(
+        "data-leakage",
+        "warning",
+        symptom,
+        "A model is measured on what it has learned by heart: the error rate says nothing about other speech, and the "
+        "checkpoint that is kept is the one that memorised best.",
+        {"share": round(share, 4), **evidence},
+        ["take those utterances out of train, or split by speaker and recording"],
+        confidence,
+        where=where,
+    )

@@ -1,0 +1,360 @@
+"""What a run's curves say (family "run"): the same functions judge a run that the callback watches and one that is over.
+
+Each rule takes a Trace and returns findings; `diagnose` runs them all. A plateau at the start is normal, so nothing here
+says "prevents" for it before the run has had its chance. Standard library only.
+"""
+
+from __future__ import annotations
+
+import math
+from statistics import fmean, median
+
+from tools.doctor.bands import outside
+from tools.doctor.finding import Finding
+from tools.doctor.nonfinite import lr_too_high, non_finite
+from tools.doctor.registry import NotExamined, check
+from tools.doctor.trace import Trace, shape, still_rising
+
+EARLY_STEPS = 200  # after the warm-up: before that a plateau is no news
+LATE_STEPS = 2000  # and after so many it is one, whatever the plan
+BLANK, LETTER = 0.97, 0.9
+TINY_UPDATE, HUGE_UPDATE = 1e-6, 0.1  # of the weights' size in one step
+SLOW_DATA = 0.3
+HIDDEN_WARNING, HIDDEN_STOPS = 0.001, 0.3  # share of utterances whose loss is infinite
+
+
+def learning_rate(trace: Trace) -> list[Finding]:
+    """A learning rate of zero, too low, too high, or still in its warm-up when the run is over."""
+    rates = [(s, v) for s, v in trace.get("lr") if math.isfinite(v)]
+    curve = shape(trace)
+    updates = [v for v in trace.values("update") if v >= 0]
+    plots = [trace.plot("Learning rate", {"lr": ""}, "rate")] if rates else []
+    if trace.get("loss"):
+        plots.insert(0, trace.plot("Loss", {"loss": "loss"}, "loss", level=True))
+    key = trace.key("model.optim.lr")
+    found: list[Finding] = []
+    if len(rates) >= 3 and max(v for _, v in rates[1:]) == 0:
+        return [Finding("lr-zero", "prevents", f"The learning rate is 0 in all {rates[-1][0]} steps.",
+                        "Nothing is updated.", {"steps": rates[-1][0]}, [f"{key}=1e-3"], 1.0, where=key, plots=plots)]
+    learned = curve is not None and curve.learned and not curve.lost
+    if learned:
+        return []
+    peak = max((v for _, v in rates), default=None)
+    share = trace.last_step / trace.planned if trace.planned else None
+    if trace.warmup and trace.planned and trace.warmup >= 0.7 * trace.planned and trace.last_step > 2:
+        found.append(_warmup(trace, f"The warm-up takes {trace.warmup} steps and the run has {trace.planned}", 0.95, plots,
+                             peak))
+    elif (rates and still_rising(rates) and (trace.ended or (share or 0) > 0.8) and curve is not None
+          and not curve.learned and trace.last_step >= 50):
+        found.append(_warmup(trace, f"The learning rate was still rising at the last step, {rates[-1][0]}", 0.75, plots, peak))
+    elif updates and len(updates) >= 3 and median(updates) < TINY_UPDATE and trace.last_step >= 50:
+        found.append(Finding(
+            "lr-too-low", "prevents",
+            f"A step moves the weights by {median(updates):.1e} of their size (the median): hardly at all.",
+            "At this rate a run of usual length ends where it began.",
+            {"relative update, median": median(updates), "peak learning rate": peak}, [f"{key}=1e-3"], 0.85, where=key,
+            plots=[*plots, trace.plot("Size of a step relative to the weights", {"update": ""}, "relative update")]))
+    late = updates[len(updates) // 2:]
+    if late and len(updates) >= 3 and median(late) > HUGE_UPDATE and curve is not None and not curve.learned:
+        found.append(lr_too_high(
+            trace, f"each moves the weights by {median(late):.0%} of their size (the median), and the loss stays at "
+            f"{curve.last:.3g}", {"relative update, median": median(late), "loss at the end": curve.last},
+            [*plots, trace.plot("Size of a step relative to the weights", {"update": ""}, "relative update")], 0.9))
+    elif curve is not None and curve.lost and rates:
+        found += _lost_to_rate(trace, curve, rates, plots)
+    elif (peak is not None and peak > 2e-2 and "adam" in (trace.optimizer or "adam").lower() and curve is not None
+          and curve.learned is False and trace.last_step >= 30 and _at(rates, trace.last_step) > 2e-2):
+        found.append(lr_too_high(
+            trace, f"the rate is {peak:.2g} with {trace.optimizer or 'an adaptive optimizer'}, and the loss stays at "
+            f"{curve.last:.3g}", {"loss at the end": curve.last}, plots, 0.75))
+    return found
+
+
+def _warmup(trace: Trace, what: str, confidence: float, plots, peak) -> Finding:
+    sched = trace.key("model.optim.sched.warmup_steps")
+    steps = trace.planned or trace.last_step
+    return Finding(
+        "warmup-too-long", "prevents", f"{what}: the run ends in its warm-up, at a rate of {peak:.2g}.",
+        "The schedule was made for a longer run or a larger batch: the peak that it was tuned for is never reached.",
+        {"warm-up steps": trace.warmup, "steps": steps, "highest learning rate reached": peak},
+        [f"{sched}={max(int(0.1 * steps), 1)} (a tenth of the steps)",
+         "NoamAnnealing ends its warm-up at d_model**-0.5 * warmup_steps**-0.5 * lr: with fewer warm-up steps check that peak"],
+        confidence, where=sched, plots=plots)
+
+
+def _at(points, step) -> float:
+    return next((v for s, v in reversed(points) if s <= step), points[0][1])
+
+
+def _lost_to_rate(trace: Trace, curve, rates, plots) -> list[Finding]:
+    """It learned at a lower rate and lost it as the rate rose."""
+    good, bad = _at(rates, curve.best_step), max(v for s, v in rates if s <= (curve.lost_step or curve.last_step))
+    if good > 0 and bad > 1.5 * good:
+        return [lr_too_high(
+            trace, f"the loss was {curve.best:.3g} at step {curve.best_step} with a rate of {good:.2g}, and rose to "
+            f"{curve.last:.3g} when the rate rose to {bad:.2g}", {"rate at the best step": good, "highest rate": bad},
+            plots, 0.8)]
+    return []
+
+
+def progress(trace: Trace) -> list[Finding]:
+    """Start-up plateau, collapse to blank or to one letter, divergence after learning, or simply early."""
+    curve = shape(trace)
+    if curve is None:
+        raise NotExamined("fewer than four losses")
+    blank, letter = _late(trace, "blank_rate"), _late(trace, "letter_rate")
+    plots = _progress_plots(trace)
+    outputs = {"loss at the end": curve.last, "level of letters alone": curve.level, "last step": curve.last_step}
+    if blank is not None:
+        outputs["blank rate at the end"] = blank
+    if letter is not None:
+        outputs["share of the commonest letter among the other frames"] = letter
+    if curve.lost:
+        return [_diverged(trace, curve, blank, letter, outputs, plots)]
+    if curve.learned or not curve.stuck:
+        return []
+    after = curve.last_step - (trace.warmup or 0)
+    over = trace.ended and trace.planned is not None and trace.last_step >= 0.98 * trace.planned
+    if after < EARLY_STEPS and not (over and curve.last_step >= 1.5 * EARLY_STEPS):
+        return [Finding(
+            "run-early", "note",
+            f"At step {curve.last_step} the loss ({curve.last:.3g}) is that of predicting letters without listening "
+            f"({curve.level:.3g}): the plateau on which every CTC run starts.",
+            "CTC first learns to emit blanks, then the commonest letters, and only then to listen.", outputs,
+            [f"wait until about step {(trace.warmup or 0) + 2 * EARLY_STEPS}, then look again"], 0.6, plots=plots)]
+    stops = (after >= LATE_STEPS and curve.flat) or (over and after >= EARLY_STEPS)
+    weight = "prevents" if stops else "warning"
+    causes = causes_of(trace)
+    if causes:
+        weight = "note"
+    follows = f" This follows from {', '.join(causes)}." if causes else ""
+    top = f" ({trace.top_label!r})" if trace.top_label else ""
+    general = [
+        "python -m tools.ladder: can the model learn one batch? If not, the fault is in the model, the targets or the loss",
+        "python -m tools.doctor check on the same configuration: model and data are probed",
+        f"{trace.key('model.optim.lr')} three times lower, then three times higher",
+    ]
+    if blank is not None and blank >= BLANK:
+        return [Finding(
+            "run-collapse-blank", weight,
+            f"After {curve.last_step} steps {blank:.1%} of the frames are blank and the loss stays at {curve.last:.3g}.{follows}",
+            "Emitting blanks is the first thing CTC learns; this run never left it.", outputs, general, 0.7, plots=plots)]
+    if letter is not None and letter >= LETTER:
+        return [Finding(
+            "run-collapse-letter", weight,
+            f"After {curve.last_step} steps the model writes one letter{top}: {letter:.0%} of the frames that are not blank, "
+            f"and the loss stays at {curve.last:.3g}.{follows}",
+            "The output does not depend on what is heard: the best constant answer is the commonest letter.", outputs,
+            general, 0.7, plots=plots)]
+    return [Finding(
+        "run-plateau", weight,
+        f"After {curve.last_step} steps the loss is {curve.last:.3g}, that of predicting letters without listening "
+        f"({curve.level:.3g}).{follows}",
+        "The model has learned how often letters occur and nothing of the audio.", outputs, general, 0.6, plots=plots)]
+
+
+def causes_of(trace: Trace) -> list[str]:
+    """Ids of the causes that other rules name for a run that does not learn."""
+    found = [*non_finite(trace), *learning_rate(trace), *targets(trace), *hidden_losses(trace), *unmoved(trace)]
+    return list(dict.fromkeys(f.id for f in found if f.weight == "prevents" and not f.id.startswith("run-")))
+
+
+def _late(trace: Trace, name: str) -> float | None:
+    values = trace.values(name, since=0.8)
+    return median(values) if values else None
+
+
+def _progress_plots(trace: Trace):
+    plots = [trace.plot("Loss", {"loss": "train", "val_loss": "validation"} if trace.loss_unit == "character"
+                        else {"loss": "train"}, "nats a character" if trace.loss_unit == "character" else "loss", level=True,
+                        note="Below the line of letters alone the model has begun to listen." if trace.level else "")]
+    rates = {"blank_rate": "blank", "letter_rate": "commonest letter of the rest", "val_blank_rate": "blank, validation"}
+    if any(trace.get(name) for name in rates):
+        plots.append(trace.plot("What the frames say", rates, "share of frames"))
+    if trace.get("val_wer"):
+        plots.append(trace.plot("Word error rate", {"val_wer": "validation"}, "WER"))
+    return plots
+
+
+def _diverged(trace: Trace, curve, blank, letter, outputs, plots) -> Finding:
+    outputs = {"best loss": curve.best, "at step": curve.best_step, "lost from step": curve.lost_step, **outputs}
+    what = ""
+    id = "run-diverged"
+    if blank is not None and blank >= BLANK:
+        id, what = "run-collapse-blank", f", and {blank:.1%} of the frames are blank"
+    elif letter is not None and letter >= LETTER and curve.level is not None and curve.last > 0.9 * curve.level:
+        id, what = "run-collapse-letter", f", and {letter:.0%} of the other frames are one letter"
+    causes = causes_of(trace)
+    return Finding(
+        id, "note" if causes else "prevents",
+        f"The loss had reached {curve.best:.3g} at step {curve.best_step}; from step {curve.lost_step} on it is lost again, "
+        f"{curve.last:.3g} at step {curve.last_step}{what}." + (f" This follows from {', '.join(causes)}." if causes else ""),
+        "A late collapse: one or a few steps were large enough to leave the region in which the model worked. This is no "
+        "start-up plateau.", outputs,
+        [f"go on from a checkpoint before step {curve.best_step}, with {trace.key('model.optim.lr')} at a third",
+         f"{trace.key('trainer.gradient_clip_val')}=1.0", f"{trace.key('trainer.precision')}=32 or bf16-mixed"],
+        0.9, plots=plots)
+
+
+def targets(trace: Trace) -> list[Finding]:
+    """Targets that are (nearly) all one label, as they are when the rest of the text was dropped."""
+    share = trace.target_share
+    if not share or sum(share.values()) < 0.5 or trace.utterances_seen < 8:
+        return []
+    label, most = max(share.items(), key=lambda item: item[1])
+    if most < 0.6 or len(share) > 200:
+        return []
+    space = label == " "
+    return [Finding(
+        "data-upper-case" if space else "data-characters", "prevents",
+        f"{most:.0%} of all targets of the first {trace.utterances_seen} utterances are {label!r}: that is what the model "
+        "will write.",
+        "The text's letters are not among the labels and were dropped without a word; what is left are the spaces. "
+        "LibriSpeech's own transcripts are upper-case." if space else
+        "Most of the text was dropped, or all texts are the same.",
+        {"share of each label": dict(sorted(share.items(), key=lambda item: -item[1])[:8])},
+        ["lower-case the manifest's text (manifests.text.normalize), or normalize_transcripts=true in the data sections",
+         "python -m manifests.validate MANIFEST names the lines"], 0.95 if space else 0.8, where="targets")]
+
+
+def hidden_losses(trace: Trace) -> list[Finding]:
+    """Infinite losses that zero_infinity turns into zeros."""
+    count = max(trace.infeasible_seen, int(max(trace.values("infeasible"), default=0)))
+    if not count or trace.zero_infinity is False:
+        return []
+    share = count / trace.utterances_seen if trace.utterances_seen else None
+    which = {name: f"needs {need} frames, has {room}" for name, (need, room) in list(trace.infeasible.items())[:8]}
+    heavy = share is not None and share > HIDDEN_STOPS
+    light = share is not None and share < HIDDEN_WARNING
+    said = f"{count} of {trace.utterances_seen}" if trace.utterances_seen else str(count)
+    return [Finding(
+        "infinite-loss-hidden", "prevents" if heavy else "note" if light else "warning",
+        f"{said} utterances have an infinite loss: their targets do not fit into the frames that the model puts out.",
+        "CTC needs a frame for each label and one more between equal neighbours. zero_infinity sets such a loss to 0: nothing "
+        "is learned from them, they still count in the mean, and nobody is told.",
+        {"utterances": count, "share": share, "which": which},
+        ["lower the encoder's subsampling factor, or use a larger sub-word vocabulary",
+         "leave these utterances out; look whether their audio and text belong together"],
+        0.95, where="loss")]
+
+
+def unmoved(trace: Trace) -> list[Finding]:
+    """Parameters without gradient, or that no step has moved."""
+    if not trace.still:
+        return []
+    encoder = [name for name in trace.still if "encoder" in name]
+    heavy = bool(encoder) and getattr(trace, "still_share", 1.0) > 0.5
+    return [Finding(
+        "no-gradient", "prevents" if heavy else "warning",
+        f"{len(trace.still)} parameter tensors had no gradient in any step, first {trace.still[0]}.",
+        "They are detached from the loss, frozen, or not used in the forward pass.",
+        {"parameters": trace.still[:12], "tensors": len(trace.still)},
+        ["look for .detach(), .data, torch.no_grad() or requires_grad=False on the way from them to the loss",
+         "a layer that is built but not called: delete it"], 0.8, where=trace.still[0])]
+
+
+def overfitting(trace: Trace) -> list[Finding]:
+    """Validation loss that rises while train loss falls."""
+    val = [(s, v) for s, v in trace.get("val_loss") if math.isfinite(v)]
+    train = shape(trace)
+    if len(val) < 3 or train is None:
+        raise NotExamined("fewer than three validations")
+    best_step, best = min(val, key=lambda p: p[1])
+    last_step, last = val[-1]
+    falling = [v for s, v in trace.get("loss") if s <= best_step][-5:]
+    if best_step == last_step or last < 1.15 * best or not falling or train.last > 0.9 * fmean(falling):
+        return []
+    wers = trace.get("val_wer")
+    worse = not wers or wers[-1][1] > min(v for _, v in wers) * 1.02
+    return [Finding(
+        "run-overfitting", "warning" if worse else "note",
+        f"Validation loss was {best:.3g} at step {best_step} and is {last:.3g} at step {last_step}, while the train loss fell "
+        f"to {train.last:.3g}." + ("" if worse else " The word error rate has not risen with it: such a loss is often only "
+                                   "over-sure."),
+        "The model learns the train utterances by heart.",
+        {"best validation loss": best, "at step": best_step, "last": last, "train loss": train.last},
+        [f"keep the checkpoint of step {best_step}", "more SpecAugment (model.spec_augment.time_masks), dropout, weight decay",
+         f"fewer steps: {trace.key('trainer.max_steps')}={best_step}"], 0.85,
+        plots=[trace.plot("Loss", {"loss": "train", "val_loss": "validation"}, "loss")])]
+
+
+def slow_data(trace: Trace) -> list[Finding]:
+    """Time spent waiting for the next batch."""
+    waits = trace.values("wait")
+    if not waits:
+        raise NotExamined("no timing of the data loader")
+    share = fmean(waits)
+    if share < SLOW_DATA:
+        return []
+    workers = trace.settings.get("model.train_ds.num_workers") if trace.settings is not None else None
+    return [Finding(
+        "data-slow", "warning", f"{share:.0%} of the time went into waiting for the next batch.",
+        "Reading and decoding audio does not keep up with the model.", {"share of time waited": share, "workers": workers},
+        [f"{trace.key('model.train_ds.num_workers')}={max(2 * int(workers or 1), 2)}",
+         "shards (tarred or Shar) instead of single files on a network disk", "pin_memory=true on a GPU"],
+        0.9, where=trace.key("model.train_ds.num_workers"),
+        plots=[trace.plot("Share of the time spent waiting for data", {"wait": ""}, "share")])]
+
+
+def normal_band(trace: Trace) -> list[Finding]:
+    """Where the curve lies against healthy runs of the same recipe and corpus: never more than a warning."""
+    return outside(trace)
+
+
+RULES = {
+    non_finite: ("run-nan", "explodes", "lr-too-high", "clip-missing", "features-bad", "precision-overflow"),
+    targets: ("data-upper-case", "data-characters"),
+    learning_rate: ("lr-zero", "lr-too-low", "lr-too-high", "warmup-too-long"),
+    hidden_losses: ("infinite-loss-hidden",),
+    unmoved: ("no-gradient",),
+    progress: ("run-plateau", "run-collapse-blank", "run-collapse-letter", "run-diverged"),
+    overfitting: ("run-overfitting",),
+    slow_data: ("data-slow",),
+    normal_band: (),
+}
+
+
+def diagnose(trace: Trace) -> tuple[list[Finding], list[str], list[str]]:
+    """(findings, faults ruled out, "rule: why not" for what could not be judged) of a trace by all rules."""
+    found: list[Finding] = []
+    ruled: list[str] = []
+    missing: list[str] = []
+    for rule, faults in RULES.items():
+        try:
+            found += rule(trace)
+            ruled += faults
+        except NotExamined as reason:
+            missing.append(f"run: {rule.__doc__.splitlines()[0].rstrip('.')}: {reason}")
+    ids = {finding.id for finding in found}
+    return _once(found), sorted(set(ruled) - ids), missing
+
+
+def _once(findings: list[Finding]) -> list[Finding]:
+    """One finding an id: the surest."""
+    best: dict[str, Finding] = {}
+    for finding in findings:
+        if finding.id not in best or finding.confidence > best[finding.id].confidence:
+            best[finding.id] = finding
+    return list(best.values())
+
+
+def _register() -> None:
+    """Each rule as a check of the registry, on the trace that explain.py reads from the run's folder."""
+    def made(rule):
+        def examine_run(subject):
+            from tools.doctor.explain import trace_of
+
+            trace = trace_of(subject)
+            if not trace.series and trace.bad is None and rule is not non_finite:
+                raise NotExamined("no curve in this folder")
+            return rule(trace)
+
+        examine_run.__name__ = rule.__name__
+        examine_run.__doc__ = rule.__doc__
+        return examine_run
+
+    for rule, faults in RULES.items():
+        check("run", faults=faults, needs=("run",))(made(rule))
+
+
+_register()
