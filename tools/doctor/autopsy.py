@@ -155,7 +155,9 @@ def examine_batch(model, batch, batch_idx: int, step: int, state: RandomState | 
     if rerun:
         outputs = forward_again(model, batch, batch_idx, state, call)
         bad.depth = [(o.name, o.largest) for o in outputs]
-    culprit = next((o for o in outputs if not o.finite or o.largest > EXPLODING), None)
+    # The loss is no layer: where it alone is infinite, its targets are asked.
+    layers = [o for o in outputs if "loss" not in o.kind.lower()]
+    culprit = next((o for o in layers if not o.finite or o.largest > EXPLODING), None)
     if culprit is not None:
         bad.origin = "features" if "preprocessor" in culprit.name or "featurizer" in culprit.name else "forward"
         _describe(bad, culprit, outputs)

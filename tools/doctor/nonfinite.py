@@ -39,13 +39,13 @@ def non_finite(trace: Trace) -> list[Finding]:
     cause = _cause(trace, bad, evidence, plots)
     if cause is not None:
         return [cause]
+    here = f"{bad.module} ({bad.kind})" if bad.kind else bad.module
     return [Finding(
         "run-nan", "prevents" if trace.bad_steps != 1 else "warning",
-        f"The {bad.what} is not finite from step {bad.step} on." if trace.bad_steps != 1 else
-        f"The {bad.what} was not finite at step {bad.step}, once.",
-        _where_from(bad), evidence,
-        [f"attach the doctor's callback, which names the first module: Trainer(callbacks=[tools.doctor.Doctor()])"]
-        if bad.origin == "unknown" else _general_fixes(trace),
+        (f"The {bad.what} is not finite from step {bad.step} on" if trace.bad_steps != 1 else
+         f"The {bad.what} was not finite at step {bad.step}, once")
+        + (f": the first output that is not finite is that of {here}." if bad.origin == "forward" else "."),
+        _where_from(bad), evidence, _fixes(trace, bad),
         0.9 if bad.origin != "unknown" else 0.5, where=bad.module, plots=plots,
     )]
 
@@ -178,7 +178,8 @@ def _from_history(trace: Trace, bad: BadStep, evidence: dict, plots: list[Plot])
     return None
 
 
-def lr_too_high(trace: Trace, symptom: str, evidence: dict, plots: list[Plot], confidence: float) -> Finding:
+def lr_too_high(trace: Trace, symptom: str, evidence: dict, plots: list[Plot], confidence: float,
+                weight: str = "prevents") -> Finding:
     """The finding of a learning rate that is too high, with the rate to try."""
     rates = trace.values("lr")
     peak = max(rates, default=None)
@@ -188,7 +189,7 @@ def lr_too_high(trace: Trace, symptom: str, evidence: dict, plots: list[Plot], c
     key = trace.key("model.optim.lr")
     suggestion = f"{key}={peak / 10:.1g}" if peak else f"a tenth of {key}"
     return Finding(
-        "lr-too-high", "prevents", f"Steps are too large: {symptom}.",
+        "lr-too-high", weight, f"Steps are too large: {symptom}.",
         "Each step moves the weights by more than the gradient holds for: the loss is thrown about, outputs saturate, and "
         "the model ends at a constant output or at NaN.", evidence,
         [f"{suggestion} (a Noam schedule's lr is a multiplier, not a rate)",
@@ -218,6 +219,16 @@ def _where_from(bad: BadStep) -> str:
         "forward": f"{bad.module} ({bad.kind}) makes it: what it was given and its parameters are finite.",
         "unknown": "The logs do not say where it began.",
     }.get(bad.origin, f"It began in the {bad.origin}.")
+
+
+def _fixes(trace: Trace, bad: BadStep) -> list[str]:
+    if bad.origin == "unknown":
+        return ["attach the doctor's callback, which names the first module: Trainer(callbacks=[tools.doctor.Doctor()])",
+                *_general_fixes(trace)]
+    if bad.origin == "forward" and bad.module:
+        return [f"look in {bad.module} for a division, log, sqrt, exp or norm that can meet 0 or overflow; add an eps or a bound",
+                *_general_fixes(trace)]
+    return _general_fixes(trace)
 
 
 def _general_fixes(trace: Trace) -> list[str]:

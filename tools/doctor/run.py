@@ -7,7 +7,7 @@ says "prevents" for it before the run has had its chance. Standard library only.
 from __future__ import annotations
 
 import math
-from statistics import fmean, median
+from statistics import fmean, median, pstdev
 
 from tools.doctor.bands import outside
 from tools.doctor.finding import Finding
@@ -16,7 +16,7 @@ from tools.doctor.registry import NotExamined, check
 from tools.doctor.trace import Trace, shape, still_rising
 
 EARLY_STEPS = 200  # after the warm-up: before that a plateau is no news
-LATE_STEPS = 2000  # and after so many it is one, whatever the plan
+OVER_STEPS, LATE_STEPS = 600, 2000  # and after so many it is one: of a run that is over, of any run
 BLANK, LETTER = 0.97, 0.9
 TINY_UPDATE, HUGE_UPDATE = 1e-6, 0.1  # of the weights' size in one step
 SLOW_DATA = 0.3
@@ -55,18 +55,30 @@ def learning_rate(trace: Trace) -> list[Finding]:
             {"relative update, median": median(updates), "peak learning rate": peak}, [f"{key}=1e-3"], 0.85, where=key,
             plots=[*plots, trace.plot("Size of a step relative to the weights", {"update": ""}, "relative update")]))
     late = updates[len(updates) // 2:]
-    if late and len(updates) >= 3 and median(late) > HUGE_UPDATE and curve is not None and not curve.learned:
+    after = trace.last_step - (trace.warmup or 0)
+    if len(updates) >= 6 and median(late) > HUGE_UPDATE and curve is not None and curve.stuck and after >= 50:
         found.append(lr_too_high(
             trace, f"each moves the weights by {median(late):.0%} of their size (the median), and the loss stays at "
             f"{curve.last:.3g}", {"relative update, median": median(late), "loss at the end": curve.last},
             [*plots, trace.plot("Size of a step relative to the weights", {"update": ""}, "relative update")], 0.9))
+    elif curve is not None and curve.stuck and after >= 100 and len(updates) >= 3 and max(updates[:10]) > 0.5:
+        found.append(lr_too_high(
+            trace, f"one of the first moved the weights by {max(updates[:10]):.0%} of their size, and the loss stays at "
+            f"{curve.last:.3g}", {"relative update, largest at the start": max(updates[:10]), "loss at the end": curve.last},
+            [*plots, trace.plot("Size of a step relative to the weights", {"update": ""}, "relative update")], 0.8,
+            "prevents" if curve.last > 1.2 * curve.level or after >= OVER_STEPS else "warning"))
+    elif curve is not None and curve.stuck and after >= 100 and _thrown_about(trace, curve):
+        found.append(lr_too_high(
+            trace, f"the loss is thrown about around {curve.last:.3g}, above the {curve.level:.3g} of predicting letters "
+            "without listening", {"loss at the end": curve.last, "level": curve.level}, plots, 0.7))
     elif curve is not None and curve.lost and rates:
         found += _lost_to_rate(trace, curve, rates, plots)
     elif (peak is not None and peak > 2e-2 and "adam" in (trace.optimizer or "adam").lower() and curve is not None
-          and curve.learned is False and trace.last_step >= 30 and _at(rates, trace.last_step) > 2e-2):
+          and curve.stuck and after >= EARLY_STEPS and _at(rates, trace.last_step) > 2e-2):
         found.append(lr_too_high(
             trace, f"the rate is {peak:.2g} with {trace.optimizer or 'an adaptive optimizer'}, and the loss stays at "
-            f"{curve.last:.3g}", {"loss at the end": curve.last}, plots, 0.75))
+            f"{curve.last:.3g}", {"loss at the end": curve.last}, plots, 0.75,
+            "prevents" if curve.flat and after >= OVER_STEPS else "warning"))
     return found
 
 
@@ -80,6 +92,11 @@ def _warmup(trace: Trace, what: str, confidence: float, plots, peak) -> Finding:
         [f"{sched}={max(int(0.1 * steps), 1)} (a tenth of the steps)",
          "NoamAnnealing ends its warm-up at d_model**-0.5 * warmup_steps**-0.5 * lr: with fewer warm-up steps check that peak"],
         confidence, where=sched, plots=plots)
+
+
+def _thrown_about(trace: Trace, curve) -> bool:
+    late = trace.values("loss", since=0.5)
+    return len(late) >= 8 and fmean(late) > 1.3 * curve.level and pstdev(late) > 0.15 * fmean(late)
 
 
 def _at(points, step) -> float:
@@ -109,24 +126,25 @@ def progress(trace: Trace) -> list[Finding]:
         outputs["blank rate at the end"] = blank
     if letter is not None:
         outputs["share of the commonest letter among the other frames"] = letter
+    if trace.bad is not None and curve.last_step < 50:
+        return []  # it has hardly begun, and something else ended it
     if curve.lost:
         return [_diverged(trace, curve, blank, letter, outputs, plots)]
     if curve.learned or not curve.stuck:
         return []
     after = curve.last_step - (trace.warmup or 0)
     over = trace.ended and trace.planned is not None and trace.last_step >= 0.98 * trace.planned
-    if after < EARLY_STEPS and not (over and curve.last_step >= 1.5 * EARLY_STEPS):
+    causes = causes_of(trace)
+    if after < EARLY_STEPS and not causes and not (over and curve.last_step >= 1.5 * EARLY_STEPS):
         return [Finding(
             "run-early", "note",
-            f"At step {curve.last_step} the loss ({curve.last:.3g}) is that of predicting letters without listening "
-            f"({curve.level:.3g}): the plateau on which every CTC run starts.",
+            f"At step {curve.last_step} the loss ({curve.last:.3g}) is not below that of predicting letters without listening "
+            f"({curve.level:.3g}): every CTC run starts so.",
             "CTC first learns to emit blanks, then the commonest letters, and only then to listen.", outputs,
-            [f"wait until about step {(trace.warmup or 0) + 2 * EARLY_STEPS}, then look again"], 0.6, plots=plots)]
-    stops = (after >= LATE_STEPS and curve.flat) or (over and after >= EARLY_STEPS)
-    weight = "prevents" if stops else "warning"
-    causes = causes_of(trace)
-    if causes:
-        weight = "note"
+            ["the run is over: give it more steps" if over else
+             f"wait until about step {(trace.warmup or 0) + 2 * EARLY_STEPS}, then look again"], 0.6, plots=plots)]
+    stops = curve.flat and (after >= LATE_STEPS or (over and after >= OVER_STEPS))
+    weight = "note" if causes else "prevents" if stops else "warning"
     follows = f" This follows from {', '.join(causes)}." if causes else ""
     top = f" ({trace.top_label!r})" if trace.top_label else ""
     general = [
@@ -146,10 +164,12 @@ def progress(trace: Trace) -> list[Finding]:
             f"and the loss stays at {curve.last:.3g}.{follows}",
             "The output does not depend on what is heard: the best constant answer is the commonest letter.", outputs,
             general, 0.7, plots=plots)]
+    above = curve.last > 1.2 * curve.level
     return [Finding(
         "run-plateau", weight,
-        f"After {curve.last_step} steps the loss is {curve.last:.3g}, that of predicting letters without listening "
-        f"({curve.level:.3g}).{follows}",
+        f"After {curve.last_step} steps the loss is {curve.last:.3g}, {'far above that' if above else 'that'} of predicting letters "
+        f"without listening ({curve.level:.3g}).{follows}",
+        "Not even how often letters occur has been learned." if above else
         "The model has learned how often letters occur and nothing of the audio.", outputs, general, 0.6, plots=plots)]
 
 
@@ -321,12 +341,18 @@ def diagnose(trace: Trace) -> tuple[list[Finding], list[str], list[str]]:
     missing: list[str] = []
     for rule, faults in RULES.items():
         try:
-            found += rule(trace)
-            ruled += faults
+            new = rule(trace)
+            found += new
+            if not _undecided(new):
+                ruled += faults
         except NotExamined as reason:
             missing.append(f"run: {rule.__doc__.splitlines()[0].rstrip('.')}: {reason}")
     ids = {finding.id for finding in found}
     return _once(found), sorted(set(ruled) - ids), missing
+
+
+def _undecided(found: list[Finding]) -> bool:
+    return any(finding.id == "run-early" and "every CTC run starts so" in finding.symptom for finding in found)
 
 
 def _once(findings: list[Finding]) -> list[Finding]:
@@ -347,7 +373,10 @@ def _register() -> None:
             trace = trace_of(subject)
             if not trace.series and trace.bad is None and rule is not non_finite:
                 raise NotExamined("no curve in this folder")
-            return rule(trace)
+            found = rule(trace)
+            yield from found
+            if _undecided(found):
+                raise NotExamined("too early to tell a plateau from the start")
 
         examine_run.__name__ = rule.__name__
         examine_run.__doc__ = rule.__doc__

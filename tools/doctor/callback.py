@@ -1,0 +1,454 @@
+"""The doctor during a run: `Trainer(callbacks=[Doctor()])`, for our recipes, any NeMo CTC model and any LightningModule.
+
+At each step it asks once whether loss and gradient are finite; every few steps it looks at the frames, the targets, the size
+of the step and the time waited for data; all of that within a share of the run's time (`budget`), less often where it costs
+more. A batch that is not finite is computed again, before the optimizer has touched the weights, with every module watched.
+It changes nothing in the model and nothing in what is learned. The report is written to `<run>/doctor/` at the end, at a
+stop, and whenever something new that prevents learning is found.
+"""
+
+from __future__ import annotations
+
+import logging
+import time
+from collections import deque
+from pathlib import Path
+
+import torch
+from lightning.pytorch import Callback
+from torch import Tensor
+
+from tools.doctor import listen, utterances
+from tools.doctor.autopsy import RandomState, Watch, broken_parameters, examine_batch, is_nemo, times_of
+from tools.doctor.finding import Finding, Report
+from tools.doctor.live import movement_probe, optimizer_findings, planned_steps, probe_model, run_folder, scanned, schedule_findings
+from tools.doctor.metrics import Tally
+from tools.doctor.run import diagnose
+from tools.doctor.trace import BadStep, Points, Trace
+
+log = logging.getLogger("doctor")
+
+BAD_IN_A_ROW = 3  # non-finite steps, parameters still whole, before a run is said to be lost
+SCALER_PATIENCE = 10  # a gradient scaler for float16 looks for its scale by overflowing
+SCAN_EVERY = 200  # steps between two looks at the outputs of all modules
+KEPT = 2000  # points of a series
+
+
+class Doctor(Callback):
+    """Watches a run; `report()` gives what it knows at any time.
+
+    Args:
+        stop: end the run where it cannot learn any more.
+        every_n_steps: between two looks at the outputs.
+        folder: of the run; default: where the run's loggers write.
+        budget: share of the run's time that optional looks may take.
+        probe: whether, at the end of a run that did not learn, the model is probed as `check` does.
+    """
+
+    def __init__(self, stop: bool = False, every_n_steps: int = 10, folder: str | Path | None = None,
+                 budget: float = 0.01, probe: bool = True):
+        if every_n_steps < 1 or not 0 < budget < 1:
+            raise ValueError(f"Doctor(every_n_steps={every_n_steps}, budget={budget}): from 1 up, and between 0 and 1")
+        self.stop, self.every_n_steps, self.budget, self.probe = stop, every_n_steps, budget, probe
+        self.folder = None if folder is None else Path(folder)
+        self.trace = Trace()
+        self.fixed: list[Finding] = []  # found once, in the set-up, a scan or the metrics
+        self.examined: list[str] = []
+        self.not_examined: list[str] = []
+        self.cost = 0.0  # seconds spent here
+        self._listener = listen.CTCListener()
+        self._told: set[str] = set()
+        self._begun = self._batch_ended = None
+        self._stride = every_n_steps
+        self._bad_in_a_row = 0
+        self._counts: Tensor | None = None
+        self._top_counts: Tensor | None = None
+        self._ever_gradient: set[str] = set()
+        self._gradient_looks = 0
+        self._recent: deque = deque(maxlen=1000)
+        self._waits: list[float] = []
+        self._tally: Tally | None = None
+        self._model = None
+        self._ends = False
+
+    # ---- the run -------------------------------------------------------------------------------------------
+
+    def on_train_start(self, trainer, pl_module):
+        begin = time.perf_counter()
+        self._model = pl_module
+        self.folder = self.folder or run_folder(trainer)
+        trace = self.trace
+        trace.sources = ["callback"]
+        trace.planned = planned_steps(trainer)
+        trace.clip = float(trainer.gradient_clip_val or 0.0)
+        trace.precision = str(trainer.precision)
+        trace.optimizer = type(trainer.optimizers[0]).__name__ if trainer.optimizers else ""
+        trace.settings = _settings(pl_module)
+        self.fixed += optimizer_findings(trainer, pl_module)
+        found, trace.warmup = schedule_findings(trainer, trace)
+        self.fixed += found
+        self.examined = ["run: optimizer and schedule of the live trainer"]
+        self._movement = movement_probe(pl_module)
+        self._listener.open()
+        self._begun = time.perf_counter()
+        self._batch_ended = None
+        self.cost += time.perf_counter() - begin
+        self._announce(trainer)
+
+    def on_train_batch_start(self, trainer, pl_module, batch, batch_idx):
+        begin = time.perf_counter()
+        if self._batch_ended is not None:
+            self._wait = begin - self._batch_ended
+        else:
+            self._wait = None
+        self._started = begin
+        self._batch = (batch, batch_idx)
+        self._step_taken = False
+        self._listener.active = True
+        self._listener.clear()
+        self._state = RandomState(pl_module.device)
+        step = trainer.global_step
+        self._looks = step % self._stride == 0 or step < 5
+        self._watch = None
+        if step in (0, 20) or (step % SCAN_EVERY == 0 and self._affordable()):
+            self._watch = Watch(pl_module, leaves_only=True)
+            self._watch.__enter__()
+        self.cost += time.perf_counter() - begin
+
+    def on_before_backward(self, trainer, pl_module, loss):
+        begin = time.perf_counter()
+        self._loss = loss.detach() * trainer.accumulate_grad_batches
+        self._end_scan()
+        self.cost += time.perf_counter() - begin
+
+    def on_before_optimizer_step(self, trainer, pl_module, optimizer):
+        begin = time.perf_counter()
+        self._step_taken = True
+        gradients = [p.grad for p in pl_module.parameters() if p.grad is not None]
+        norm = torch.nn.utils.get_total_norm(gradients) if gradients else torch.zeros((), device=pl_module.device)
+        self._check_step(trainer, pl_module, norm)
+        if self._looks:
+            self._movement.before()
+            self._look_at_gradients(pl_module)
+        self.cost += time.perf_counter() - begin
+
+    def on_train_batch_end(self, trainer, pl_module, outputs, batch, batch_idx):
+        begin = time.perf_counter()
+        self._end_scan()
+        if not self._step_taken:
+            self._check_step(trainer, pl_module, None)
+        elif self._looks:
+            self._look(trainer, pl_module)
+        if self._step_taken:
+            self._remember_rate(trainer)
+        if self._wait is not None:
+            self._waits.append(self._wait / max(self._wait + begin - self._started, 1e-9))
+        step = trainer.global_step
+        if self._waits and (len(self._waits) >= 50 or self._looks and len(self._waits) >= self._stride):
+            self._add("wait", step, sorted(self._waits)[len(self._waits) // 2])
+            self._waits = []
+        self._listener.clear()
+        self._batch = self._state = None
+        if self._step_taken and step and step % (10 * self.every_n_steps) == 0:
+            self._thin()
+            self._pace()
+            self._announce(trainer)
+            if self.stop and trainer.world_size > 1:  # all devices ask at the same steps
+                self._ends = trainer.strategy.reduce_boolean_decision(self._ends, all=False)
+                self._stop_now(trainer)
+        self._batch_ended = time.perf_counter()
+        self.cost += self._batch_ended - begin
+
+    def on_train_end(self, trainer, pl_module):
+        self.trace.ended = True
+        self._finish(trainer, pl_module)
+
+    def on_exception(self, trainer, pl_module, exception):
+        if self._begun is not None and not isinstance(exception, KeyboardInterrupt):
+            self.trace.messages.append(("trainer", f"{type(exception).__name__}: {' '.join(str(exception).split())[:300]}"))
+        self._finish(trainer, pl_module)
+
+    def teardown(self, trainer, pl_module, stage):
+        self._listener.close()
+
+    # ---- validation ----------------------------------------------------------------------------------------
+
+    def on_validation_epoch_start(self, trainer, pl_module):
+        self._batch_ended = None  # the time of a validation is no waiting for data
+        self._tally = None
+        if self._begun is not None and not trainer.sanity_checking and Tally.wanted(self.fixed, self.examined):
+            self._tally = Tally(pl_module)
+
+    def on_validation_batch_start(self, trainer, pl_module, batch, batch_idx, dataloader_idx=0):
+        self._listener.clear()
+        self._listener.active = self._tally is not None
+
+    def on_validation_batch_end(self, trainer, pl_module, outputs, batch, batch_idx, dataloader_idx=0):
+        begin = time.perf_counter()
+        if self._tally is not None:
+            # One loader, with a loss that could be heard, within the time there is; else the comparison is off.
+            whole = dataloader_idx == 0 and self._listener.call is not None and self._affordable(5.0)
+            self._tally = self._tally if whole and self._tally.add(self._listener.call) else None
+        self._listener.clear()
+        self.cost += time.perf_counter() - begin
+
+    def on_validation_end(self, trainer, pl_module):
+        begin = time.perf_counter()
+        if self._begun is None or trainer.sanity_checking:
+            return
+        step = trainer.global_step
+        metrics = {key: float(value) for key, value in trainer.callback_metrics.items() if _scalar(value)}
+        for key in ("val_loss", "val_wer", "val_cer", "val_blank_rate"):
+            if key in metrics:
+                self._add(key, step, metrics[key])
+        if self._tally is not None and trainer.world_size == 1:
+            judged = self._tally.judge(metrics)
+            if judged is not None:
+                self.examined.append(self._tally.title)
+                self.fixed += judged
+        self._tally = None
+        self._batch_ended = None
+        self._announce(trainer)
+        self.cost += time.perf_counter() - begin
+
+    # ---- looking -------------------------------------------------------------------------------------------
+
+    def _check_step(self, trainer, model, norm: Tensor | None) -> None:
+        """One question to the device: are loss, log-probs and gradient finite, does every target fit?"""
+        call, step = self._listener.call, trainer.global_step
+        true = torch.ones((), dtype=torch.bool, device=model.device)
+        loss_fine = torch.isfinite(self._loss).all()
+        asked = [loss_fine, call.finite() if call else true, true if norm is None else torch.isfinite(norm)]
+        need = room = None
+        if call is not None:
+            need, room = call.room()
+            self.trace.utterances_seen += len(room)
+            self.trace.zero_infinity = call.zero_infinity or call.reduction == "none"
+            asked.append((need <= room).all())
+        numbers = [self._loss.float().mean() if call is None else call.per_label().float(),
+                   torch.full_like(true, float("nan"), dtype=torch.float32) if norm is None else norm.float()]
+        answers = torch.cat([torch.stack([a.to(model.device).float() for a in asked]), torch.stack(numbers)]).tolist()
+        flags, (loss, gradient) = answers[: len(asked)], answers[len(asked):]
+        if norm is not None or not (flags[0] and flags[1]):
+            self._add("loss", step + 1, loss)
+        if norm is not None:
+            self._add("grad_norm", step + 1, gradient)
+            self._last_norm, self._norm_before = gradient, getattr(self, "_last_norm", float("nan"))
+        self.trace.loss_unit = "character" if call is not None else "unknown"
+        if call is not None and not flags[3]:
+            self._note_infeasible(model, call, need, room)
+        if not (flags[0] and flags[1]) or not flags[2]:
+            self._non_finite(trainer, model, call, gradient_only=bool(flags[0] and flags[1]))
+        elif norm is not None:
+            self._bad_in_a_row = 0
+
+    def _non_finite(self, trainer, model, call, gradient_only: bool) -> None:
+        scaler = gradient_only and trainer.precision == "16-mixed"
+        self._bad_in_a_row += 1
+        if scaler and self._bad_in_a_row < SCALER_PATIENCE:
+            return
+        self.trace.bad_steps += 1
+        if self.trace.bad is None:
+            batch, index = self._batch
+            names = self._names(batch, model, call)
+            alone = trainer.world_size == 1 or not any("SyncBatchNorm" in type(m).__name__ for m in model.modules())
+            bad = examine_batch(model, batch, index, trainer.global_step + 1, self._state, call, gradient_only, names, alone)
+            bad.details["gradient norm of the step before"] = getattr(self, "_norm_before", float("nan"))
+            if scaler:
+                bad.origin = "backward"
+            self.trace.bad = bad
+            log.warning("doctor: step %d: %s is not finite; origin: %s %s; utterances %s", bad.step, bad.what, bad.origin,
+                        bad.module, ", ".join(names[:8]))
+        elif self.trace.bad.origin == "loss" and not gradient_only and self.trace.bad_steps == 2 and call is not None \
+                and not bool(torch.isfinite(call.log_probs).all()):
+            self.trace.bad.details["log-probs not finite from step"] = trainer.global_step + 1
+        lost = self._bad_in_a_row >= BAD_IN_A_ROW
+        if lost or self.trace.bad_steps == 1:
+            self._announce(trainer, lost=lost)
+
+    def _names(self, batch, model, call) -> list[str]:
+        settings = self.trace.settings
+        manifests = settings.manifests.get("train", []) if settings is not None else []
+        try:
+            return utterances.of_batch(batch, model, call, manifests)
+        except Exception as error:  # a name is a help, its lack no reason to lose the finding
+            log.debug("utterances of a batch", exc_info=True)
+            return [f"not named: {type(error).__name__}"]
+
+    def _note_infeasible(self, model, call, need: Tensor, room: Tensor) -> None:
+        rows = torch.nonzero(need > room).flatten().tolist()
+        batch, _ = self._batch
+        names = self._names(batch, model, call) if len(self.trace.infeasible) < 20 else []
+        for row in rows:
+            name = names[row] if row < len(names) else f"step {self.trace.last_step} row {row}"
+            if name not in self._recent:
+                self._recent.append(name)
+                self.trace.infeasible_seen += 1
+                if len(self.trace.infeasible) < 20:
+                    self.trace.infeasible[name] = (int(need[row]), int(room[row]))
+
+    def _look_at_gradients(self, model) -> None:
+        names = [(name, p) for name, p in model.named_parameters() if p.requires_grad]
+        if self._gradient_looks < 5:
+            present = [(name, p.grad) for name, p in names if p.grad is not None and name not in self._ever_gradient]
+            if present:
+                some = torch.stack([g.detach().abs().amax() for _, g in present]).tolist()
+                self._ever_gradient |= {name for (name, _), value in zip(present, some) if value != 0}
+            self._gradient_looks += 1
+            if self._gradient_looks == 5:
+                self.trace.still = [name for name, _ in names if name not in self._ever_gradient]
+                self.trace.still_share = len(self.trace.still) / max(len(names), 1)
+
+    def _look(self, trainer, model) -> None:
+        """Frames, targets and the size of the step, of this batch."""
+        step, trace, call = trainer.global_step, self.trace, self._listener.call
+        update = self._movement.after()
+        if update is not None:
+            self._add("update", step, update)
+        if call is None or (self.trace.bad is not None and not bool(torch.isfinite(call.log_probs).all())):
+            return
+        counts = listen.frame_counts(call)
+        seen = listen.target_counts(call)
+        self._counts = seen if self._counts is None else self._counts + seen
+        values, spread = counts.tolist(), float(listen.spread(call))
+        frames = max(sum(values), 1)
+        letters = [value for index, value in enumerate(values) if index != call.blank]
+        others = sum(letters)
+        self._add("blank_rate", step, values[call.blank] / frames)
+        self._add("spread", step, spread)
+        if others >= 0.01 * frames:
+            self._add("letter_rate", step, max(letters) / others)
+            best = max((index for index in range(len(values)) if index != call.blank), key=lambda index: values[index])
+            trace.top_label = utterances.label_name(model, best)
+        self._add("labels_used", step, sum(value > 0 for value in letters))
+        shares = (self._counts.double() / self._counts.sum().clamp(min=1)).tolist()
+        trace.target_share = {utterances.label_name(model, k): share for k, share in enumerate(shares) if share > 0}
+        if trace.utterances_seen >= 8 and (trace.level is None or step % (20 * self._stride) == 0) and self._affordable():
+            level = listen.constant_level(call, self._counts)
+            if level == level:
+                self._add("level", step, level)
+                levels = trace.values("level")
+                trace.level = sorted(levels)[len(levels) // 2]
+
+    def _end_scan(self) -> None:
+        if self._watch is not None:
+            self._watch.__exit__()
+            outputs, self._watch = self._watch.outputs, None
+            if "run: outputs of all modules" not in self.examined:
+                self.examined.append("run: outputs of all modules")
+            self.fixed = [f for f in self.fixed if f.id != "explodes"] + scanned(outputs, self.trace)
+
+    def _remember_rate(self, trainer) -> None:
+        if trainer.optimizers:
+            self._add("lr", trainer.global_step, float(trainer.optimizers[0].param_groups[0]["lr"]))
+
+    # ---- pace and memory -----------------------------------------------------------------------------------
+
+    def _affordable(self, times: float = 1.0) -> bool:
+        if self._begun is None:
+            return False
+        spent = time.perf_counter() - self._begun
+        return self.cost < times * self.budget * max(spent, 20.0)
+
+    def _pace(self) -> None:
+        """Looks less often where it costs more than its share, and more often again where it does not."""
+        spent = max(time.perf_counter() - self._begun, 1e-9)
+        if self.cost > self.budget * spent:
+            self._stride = min(self._stride * 2, 50 * self.every_n_steps)
+        elif self._stride > self.every_n_steps and self.cost < 0.5 * self.budget * spent:
+            self._stride //= 2
+
+    def _add(self, name: str, step: int, value: float) -> None:
+        points: Points = self.trace.series.setdefault(name, [])
+        points.append((step, value))
+
+    def _thin(self) -> None:
+        """Old points of long series in pairs: their means."""
+        for name, points in self.trace.series.items():
+            if len(points) > KEPT:
+                old, new = points[: KEPT // 2], points[KEPT // 2:]
+                old = [((a[0] + b[0]) // 2, (a[1] + b[1]) / 2) for a, b in zip(old[::2], old[1::2])]
+                self.trace.series[name] = old + new
+
+    # ---- speaking ------------------------------------------------------------------------------------------
+
+    def report(self, probes: bool = False) -> Report:
+        """What is known now; `probes` also examines the live model as `check` does, which takes seconds."""
+        found, ruled_out, missing = diagnose(self.trace)
+        fixed_ids = {finding.id for finding in self.fixed}
+        found = [*self.fixed, *[finding for finding in found if finding.id not in fixed_ids]]
+        report = Report(found, ["run: the curve, by the callback", *self.examined], ruled_out,
+                        [*missing, *self.not_examined])
+        troubled = any(f.id.startswith("run-") and f.weight != "note" for f in found)
+        if probes and troubled and self._model is not None:
+            report = probe_model(self._model, report)
+        report.ruled_out = sorted(set(report.ruled_out) - set(report.ids))
+        return report
+
+    def _announce(self, trainer, lost: bool = False) -> None:
+        """Says what is new, once; stops the run where asked to and it is lost."""
+        report = self.report()
+        grave = False
+        for finding in report.findings:
+            if finding.weight == "note" or (finding.id, finding.weight) in self._told:
+                continue
+            self._told.add((finding.id, finding.weight))
+            grave |= finding.weight == "prevents"
+            log.warning("doctor: step %d: %s: %s Change: %s", trainer.global_step, finding.id, finding.symptom,
+                        finding.fix[0] if finding.fix else "-")
+        if grave:
+            self._save(trainer, report)
+        # A single batch that is not finite may be survived: then the parameters are whole afterwards.
+        self._ends = lost or any(f.weight == "prevents" and f.confidence >= 0.7 for f in report.findings
+                                 if self.trace.bad is None or self._broken())
+        if trainer.world_size == 1:
+            self._stop_now(trainer, report.verdict)
+
+    def _stop_now(self, trainer, why: str = "") -> None:
+        if self.stop and self._ends and not trainer.should_stop:
+            log.warning("doctor: the run is stopped at step %d. %s", trainer.global_step, why)
+            trainer.should_stop = True
+
+    def _broken(self) -> bool:
+        return self._bad_in_a_row >= BAD_IN_A_ROW or bool(broken_parameters(self._model))
+
+    def _finish(self, trainer, model) -> None:
+        self._listener.close()
+        if self._begun is None:
+            return
+        seconds = time.perf_counter() - self._begun
+        share = self.cost / max(seconds, 1e-9)
+        self.examined = [line for line in self.examined if not line.startswith("cost:")]
+        self.examined.append(f"cost: {self.cost:.2f} s of {seconds:.0f} s, {share:.2%}")
+        report = self.report(probes=self.probe and trainer.world_size == 1)
+        self._save(trainer, report)
+        self._begun = None
+
+    def _save(self, trainer, report: Report) -> None:
+        if self.folder is None:
+            return
+        suffix = "" if trainer.is_global_zero else f"-rank{trainer.global_rank}"
+        if suffix and not report.findings:
+            return
+        from tools.doctor.html import write
+
+        try:
+            report.save(self.folder / "doctor" / f"report{suffix}.json")
+            write(report, self.folder / "doctor" / f"report{suffix}.html", self.folder.name,
+                  f"step {self.trace.last_step}" + (f" of {self.trace.planned}" if self.trace.planned else ""))
+        except OSError as error:
+            log.warning("doctor: the report cannot be written to %s: %s", self.folder, error)
+
+
+def _scalar(value) -> bool:
+    return isinstance(value, (int, float)) or (isinstance(value, Tensor) and value.numel() == 1)
+
+
+def _settings(model):
+    """Configuration of the live model, None for one without."""
+    from tools.doctor.configs import Settings
+
+    try:
+        return Settings.of_live(model)
+    except Exception:  # a model that is not NeMo's may hold anything as _cfg
+        return None
