@@ -74,7 +74,6 @@ class Doctor(Callback):
     # ---- the run -------------------------------------------------------------------------------------------
 
     def on_train_start(self, trainer, pl_module):
-        begin = time.perf_counter()
         self._model = pl_module
         self.folder = self.folder or run_folder(trainer)
         trace = self.trace
@@ -89,10 +88,11 @@ class Doctor(Callback):
         self.fixed += found
         self.examined = ["run: optimizer and schedule of the live trainer"]
         self._movement = movement_probe(pl_module)
+        self._parameters = [(name, p) for name, p in pl_module.named_parameters() if p.requires_grad]
+        self._label_names = utterances.labels_of(pl_module)
         self._listener.open()
         self._begun = time.perf_counter()
         self._batch_ended = None
-        self.cost += time.perf_counter() - begin
         self._announce(trainer)
 
     def on_train_batch_start(self, trainer, pl_module, batch, batch_idx):
@@ -124,12 +124,12 @@ class Doctor(Callback):
     def on_before_optimizer_step(self, trainer, pl_module, optimizer):
         begin = time.perf_counter()
         self._step_taken = True
-        gradients = [p.grad for p in pl_module.parameters() if p.grad is not None]
+        gradients = [p.grad for _, p in self._parameters if p.grad is not None]
         norm = torch.nn.utils.get_total_norm(gradients) if gradients else torch.zeros((), device=pl_module.device)
         self._check_step(trainer, pl_module, norm)
         if self._looks:
             self._movement.before()
-            self._look_at_gradients(pl_module)
+            self._look_at_gradients()
         self.cost += time.perf_counter() - begin
 
     def on_train_batch_end(self, trainer, pl_module, outputs, batch, batch_idx):
@@ -138,7 +138,7 @@ class Doctor(Callback):
         if not self._step_taken:
             self._check_step(trainer, pl_module, None)
         elif self._looks:
-            self._look(trainer, pl_module)
+            self._look(trainer)
         if self._step_taken:
             self._remember_rate(trainer)
         if self._wait is not None:
@@ -287,19 +287,18 @@ class Doctor(Callback):
                 if len(self.trace.infeasible) < 20:
                     self.trace.infeasible[name] = (int(need[row]), int(room[row]))
 
-    def _look_at_gradients(self, model) -> None:
-        names = [(name, p) for name, p in model.named_parameters() if p.requires_grad]
+    def _look_at_gradients(self) -> None:
         if self._gradient_looks < 5:
-            present = [(name, p.grad) for name, p in names if p.grad is not None and name not in self._ever_gradient]
+            present = [(name, p.grad) for name, p in self._parameters if p.grad is not None and name not in self._ever_gradient]
             if present:
                 some = torch.stack([g.detach().abs().amax() for _, g in present]).tolist()
                 self._ever_gradient |= {name for (name, _), value in zip(present, some) if value != 0}
             self._gradient_looks += 1
             if self._gradient_looks == 5:
-                self.trace.still = [name for name, _ in names if name not in self._ever_gradient]
-                self.trace.still_share = len(self.trace.still) / max(len(names), 1)
+                self.trace.still = [name for name, _ in self._parameters if name not in self._ever_gradient]
+                self.trace.still_share = len(self.trace.still) / max(len(self._parameters), 1)
 
-    def _look(self, trainer, model) -> None:
+    def _look(self, trainer) -> None:
         """Frames, targets and the size of the step, of this batch."""
         step, trace, call = trainer.global_step, self.trace, self._listener.call
         update = self._movement.after()
@@ -319,16 +318,19 @@ class Doctor(Callback):
         if others >= 0.01 * frames:
             self._add("letter_rate", step, max(letters) / others)
             best = max((index for index in range(len(values)) if index != call.blank), key=lambda index: values[index])
-            trace.top_label = utterances.label_name(model, best)
+            trace.top_label = self._label(best)
         self._add("labels_used", step, sum(value > 0 for value in letters))
         shares = (self._counts.double() / self._counts.sum().clamp(min=1)).tolist()
-        trace.target_share = {utterances.label_name(model, k): share for k, share in enumerate(shares) if share > 0}
+        trace.target_share = {self._label(k): share for k, share in enumerate(shares) if share > 0}
         if trace.utterances_seen >= 8 and (trace.level is None or step % (20 * self._stride) == 0) and self._affordable():
             level = listen.constant_level(call, self._counts)
             if level == level:
                 self._add("level", step, level)
                 levels = trace.values("level")
                 trace.level = sorted(levels)[len(levels) // 2]
+
+    def _label(self, index: int) -> str:
+        return self._label_names[index] if index < len(self._label_names) else f"label {index}"
 
     def _end_scan(self) -> None:
         if self._watch is not None:

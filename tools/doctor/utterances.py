@@ -92,12 +92,6 @@ def labels_of(model) -> list[str]:
     return []
 
 
-def label_name(model, index: int) -> str:
-    """How label `index` is written."""
-    labels = labels_of(model)
-    return labels[index] if 0 <= index < len(labels) else f"label {index}"
-
-
 def _seconds(batch, model) -> list[float]:
     rate = getattr(getattr(model, "preprocessor", None), "_sample_rate", None) or 16000
     lengths = batch[1] if isinstance(batch, (list, tuple)) and len(batch) > 1 else None

@@ -1,0 +1,262 @@
+"""What must not matter: padding, the other items of a batch, and (chance aside) train or eval mode."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from tools.doctor.finding import Finding, Plot
+from tools.doctor.probe import relative
+from tools.doctor.registry import NotExamined, check
+from tools.doctor.tracing import describe, first_difference, shortened, trace
+
+NEGLIGIBLE = 2e-3  # relative change that rounding may make
+EDGE = 0.25  # share of frames, at the end, that an unmasked convolution may reach
+
+
+def _finite(*tensors: Tensor) -> None:
+    if not all(bool(torch.isfinite(tensor).all()) for tensor in tensors):
+        raise NotExamined("outputs are not finite")
+
+
+@check("invariance", faults=("padding-leak", "norm-padding"), needs=("model",))
+def padding_changes_nothing(subject):
+    """Padding behind an utterance does not change its output."""
+    probe = subject.probe
+    with probe.ready(), torch.no_grad():
+        x, lengths = probe.features()
+        item = int(lengths.argmin())
+        size = int(lengths[item])
+        alone, length = x[item : item + 1, :, :size], lengths[item : item + 1]
+        padded = torch.nn.functional.pad(alone, (0, size))
+        runs = {name: (lambda features=features: probe.forward(features, length))
+                for name, features in (("alone", alone), ("padded", padded))}
+        (out, kept), (out_padded, _) = runs["alone"](), runs["padded"]()
+        _finite(out)
+        valid = min(out.shape[1], out_padded.shape[1], max(int(kept[0]), 1))
+        out, out_padded = out[0, :valid], out_padded[0, :valid]
+        change = relative(out_padded - out, out)
+        if not change > NEGLIGIBLE:
+            return
+        found = first_difference(trace(probe.model, runs["alone"]), trace(probe.model, runs["padded"]), 1e-3)
+    per_frame = (out_padded - out).square().mean(dim=1).sqrt() / (out - out.mean(dim=0)).square().mean().sqrt().clamp(min=1e-9)
+    touched = torch.nonzero(per_frame > max(NEGLIGIBLE, 0.02 * float(per_frame.max()))).flatten()
+    first = int(touched[0]) if len(touched) else 0
+    reach = (valid - first) / valid
+    at_edge = reach <= EDGE
+    by_norm = found is not None and _is_norm(*found)
+    name = describe(found[0]) if found else "code between modules"
+    if found and found[2]:
+        name = f"before {name}"
+    plot = Plot("Change by padding as long as the utterance", "output frame", "change / spread of the outputs",
+                {"change": (list(range(valid)), per_frame.tolist())}, "0 everywhere is right")
+    evidence = {"relative change": change, "frames changed": f"{len(touched)} of {valid}, from frame {first} on",
+                "largest change of a frame": float(per_frame.max()), "first": name}
+    if by_norm:
+        yield Finding(
+            "norm-padding",
+            "warning",
+            f"A normalisation counts padding: an utterance with padding as long as itself has outputs that differ by "
+            f"{change:.0%} of their spread, in all of its frames.",
+            "Mean and variance over time are taken over the padding too. The same speech then looks different in every "
+            "batch, and in evaluation other than in training.",
+            evidence,
+            ["take the statistics over the valid frames: multiply by the mask, and divide by the lengths",
+             "or normalise each frame over its features (LayerNorm)"],
+            0.9,
+            where=found[0].name,
+            plots=[plot],
+        )
+        return
+    recurrent = found is not None and found[0].kind in ("LSTM", "GRU", "RNN")
+    yield Finding(
+        "padding-leak",
+        "warning",
+        f"Padding changes the output of the speech before it by {change:.1%} of its spread"
+        + (f", in the last {valid - first} of {valid} frames only." if at_edge else f", in {len(touched)} of {valid} frames."),
+        "A convolution without a mask reads what earlier layers left on the padding: the end of an utterance depends on "
+        "how much padding stands behind it. Models train with it; results vary a little with the batch." if at_edge else
+        "The recurrence runs over the padding, backwards from its end, before it meets the speech." if recurrent else
+        "Padding takes part in what every frame sees: attention without a mask, pooling or recurrence over all frames.",
+        evidence,
+        ["set padding to 0 before every convolution (model.encoder.conv_mask=true in NeMo's ConvASREncoder)"] if at_edge
+        else ["pack the sequences (torch.nn.utils.rnn.pack_padded_sequence), or reverse each within its length"]
+        if recurrent else ["mask padding in attention (key_padding_mask) and before each layer that looks along time"],
+        (0.5 if change < 0.1 else 0.6) if at_edge else 0.75 if change < 0.2 else 0.9,
+        where=found[0].name if found else "encoder",
+        plots=[plot],
+    )
+
+
+def _is_norm(a, b, inside: bool) -> bool:
+    """Whether what differs first is a normalisation: a module of that name, or the same affine change of all frames."""
+    if not inside:
+        return "norm" in a.kind.lower()
+    if a.entered is None or b.entered is None or (pair := shortened(a.entered, b.entered)) is None:
+        return False
+    one, two = (tensor[0].double() for tensor in pair)
+    axis = next((i for i, (p, q) in enumerate(zip(a.entered.shape[1:], b.entered.shape[1:])) if p != q), None)
+    if axis is None or one.dim() != 2 or one.shape[axis] < 8:
+        return False
+    one, two = (one, two) if axis == 1 else (one.T, two.T)  # (D, T)
+    centred, other = (t - t.mean(dim=1, keepdim=True) for t in (one, two))
+    slope = (centred * other).sum(dim=1) / centred.square().sum(dim=1).clamp(min=1e-12)
+    rest = (other - slope[:, None] * centred).square().sum() / other.square().sum().clamp(min=1e-12)
+    return float(rest) < 1e-4
+
+
+@check("invariance", faults=("batch-leak",), needs=("model",))
+def items_are_independent(subject):
+    """The other items of a batch do not change an item's output."""
+    probe = subject.probe
+    with probe.ready(), torch.no_grad():
+        x, lengths = probe.features()
+        size = int(lengths.min())
+        same = torch.full((3,), size, device=x.device)
+        batch = x[:3, :, :size]
+        other = torch.cat([batch[:1], x[2:4, :, :size].flip(0) * 0.7 - batch[1:3] * 0.5])
+        runs = [lambda b=b: probe.forward(b, same) for b in (batch, other)]
+        out, changed = (run()[0][0] for run in runs)
+        _finite(out, changed)
+        change = relative(out - changed, out)
+        if not change > NEGLIGIBLE:
+            return
+        shared = float((out - changed).abs().max())
+        found = first_difference(trace(probe.model, runs[0]), trace(probe.model, runs[1]), 1e-3, _item(3))
+    name = describe(found[0]) if found else "code between modules"
+    yield Finding(
+        "batch-leak",
+        "prevents",
+        f"With other utterances beside it, the same utterance gets outputs that differ by {change:.0%} of their spread, in "
+        "eval mode too.",
+        "A layer mixes along the batch axis: a recurrence that takes (B, T, D) for (T, B, D), a reshape or softmax over "
+        "the wrong axis, batch statistics in evaluation. What is learned hangs on who shares a batch.",
+        {"relative change": change, "largest change": shared, "first": ("before " if found and found[2] else "") + name},
+        ["nn.GRU(..., batch_first=True), or transpose to (T, B, D) before it and back after it"],
+        0.97,
+        where=found[0].name if found else "encoder",
+    )
+
+
+def _item(batch: int):
+    """Takes the first item of a tensor where its batch axis can be told."""
+    def take(tensor: Tensor):
+        if tensor.dim() < 2 or tensor.shape[0] != batch:
+            return None
+        return tensor[0]
+
+    return take
+
+
+@check("invariance", faults=("train-eval-differ",), needs=("model",))
+def modes_agree(subject):
+    """Without chance, train and eval mode give the same outputs."""
+    probe = subject.probe
+    with probe.ready(), torch.no_grad():
+        x, lengths = probe.features()
+        evaluated, eval_lengths = probe.forward(x, lengths)
+        _finite(evaluated)
+        runs = {"eval": lambda: probe.forward(x, lengths)}
+        steps = trace(probe.model, runs["eval"])
+        probe.model.train()
+        trained, train_lengths = probe.forward(x, lengths)
+        train_steps = trace(probe.model, runs["eval"])
+    valid = torch.arange(min(evaluated.shape[1], trained.shape[1]), device=x.device)[None] < eval_lengths[:, None]
+    if trained.shape != evaluated.shape or not torch.equal(eval_lengths, train_lengths):
+        change = 1.0
+    else:
+        change = relative((trained - evaluated)[valid], evaluated[valid])
+    if change > 0.1:
+        found = first_difference(steps, train_steps, 0.05)
+        name = ("before " if found and found[2] else "") + describe(found[0]) if found else "code between modules"
+        yield Finding(
+            "train-eval-differ",
+            "prevents" if change > 0.5 else "warning",
+            f"With dropout and masks off, and running statistics set to those of the batch, outputs in train and eval mode "
+            f"differ by {change:.0%} of their spread.",
+            "Something else than dropout depends on the mode: a scale or a branch under `if self.training`, statistics "
+            "that are kept wrongly, dropout of one's own. What is learned is not what is used.",
+            {"relative change": change, "first": name},
+            ["print model.training-dependent code: only dropout, batch statistics and augmentation may differ",
+             "dropout of one's own: divide by (1 - p) in training"],
+            0.9,
+            where=found[0].name if found else "encoder",
+        )
+    elif not bool(torch.isfinite(trained).all()):
+        raise NotExamined("outputs in train mode are not finite")
+
+
+@check("invariance", faults=("train-eval-differ",), needs=("model",))
+def running_statistics_follow(subject):
+    """Running statistics follow those of the batches."""
+    probe = subject.probe
+    named = [(name, m) for name, m in probe.model.named_modules() if isinstance(getattr(m, "running_mean", None), Tensor)]
+    if not named:
+        return
+    with probe.ready(train=True), torch.no_grad():
+        before = {name: module.running_mean.clone() for name, module in named}
+        for _, module in named:
+            module.running_mean.add_(10.0)  # far from anything: how much of the way back does one batch go?
+        probe.forward(*probe.features())
+        moved = {name: float(((before[name] + 10.0 - m.running_mean) / 10.0).median()) for name, m in named
+                 if bool(torch.isfinite(m.running_mean).all())}
+    stuck = [name for name, share in moved.items() if share < 0.002]
+    hasty = [name for name, share in moved.items() if share > 0.75]
+    if not stuck and not hasty:
+        return
+    some = stuck or hasty
+    yield Finding(
+        "train-eval-differ",
+        "prevents" if len(stuck) > len(named) // 2 else "warning",
+        f"{len(some)} of {len(named)} normalisations keep running statistics that "
+        + ("never follow the batches" if stuck else "are those of the last batch alone") + f": {', '.join(some[:3])}.",
+        "Evaluation normalises by the running statistics, training by the batch's. "
+        + ("With a momentum near 0 (or a frozen update) they stay those of initialisation." if stuck else
+           "With a momentum near 1 they change with every batch."),
+        {"share of the way one batch goes": {name: round(moved[name], 4) for name in some[:5]}},
+        ["momentum=0.1 for torch's BatchNorm (its momentum is the share of the new batch, not of the old value)"],
+        0.9,
+        where=some[0],
+    )
+
+
+@check("invariance", faults=("norm-padding",), needs=("model",))
+def batch_statistics_leave_padding_out(subject):
+    """Batch statistics in training are those of speech, not of padding."""
+    probe = subject.probe
+    named = [(name, m) for name, m in probe.model.named_modules() if isinstance(getattr(m, "running_mean", None), Tensor)]
+    if not named:
+        return
+    found = []
+    with probe.ready(train=True), torch.no_grad():
+        for module in dict(named).values():
+            if isinstance(getattr(module, "momentum", None), float):
+                module.momentum = 1.0
+        x, lengths = probe.features()
+        size = int(lengths.min())
+        same = torch.full((2,), size, device=x.device)
+        for features in (x[:2, :, :size], torch.nn.functional.pad(x[:2, :, :size], (0, size))):
+            probe.forward(features, same)
+            found.append({name: (m.running_mean.clone(), m.running_var.clone()) for name, m in named})
+    name = named[0][0]
+    change = {}
+    for name, _ in named:
+        mean, variance = found[0][name]
+        change[name] = float(((found[1][name][0] - mean).abs() / variance.clamp(min=1e-8).sqrt()).mean()
+                             + (found[1][name][1] / variance.clamp(min=1e-8) - 1).abs().mean())
+    # Convolutions that were not masked make some difference of their own; the first layers' is the padding's.
+    worst = max(change, key=change.get)
+    if not change[worst] > 0.1:
+        return
+    yield Finding(
+        "norm-padding",
+        "warning" if change[worst] > 0.2 else "note",
+        f"Batch normalisation counts padding in training: with padding as long as the speech, the statistics of "
+        f"{sum(c > 0.1 for c in change.values())} of {len(change)} layers change.",
+        "torch's BatchNorm takes mean and variance over all frames. With buckets of similar length it is little; with "
+        "lengths mixed, training sees other statistics than evaluation. NeMo's own encoders do this and do train.",
+        {"change of mean and variance": {n: round(c, 3) for n, c in sorted(change.items(), key=lambda e: -e[1])[:5]}},
+        ["batch by duration (use_bucketing=true), or normalise over the valid frames only, or use LayerNorm"],
+        0.4,
+        where=worst,
+    )

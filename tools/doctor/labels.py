@@ -1,0 +1,234 @@
+"""From text to targets in training, from outputs to text in decoding: one order of labels, one blank."""
+
+from __future__ import annotations
+
+import torch
+
+from tools.doctor.finding import Finding
+from tools.doctor.registry import NotExamined, check
+
+
+def training_encoder(probe):
+    """The callable from text to targets that training uses, found where the model's own loader would take it from."""
+    if hasattr(probe, "_training_encoder"):
+        return probe._training_encoder
+    model, encode = probe.model, None
+    parser = _parser_of(getattr(model, "_train_dl", None))
+    if parser is not None:
+        encode = parser
+    elif hasattr(model, "text_encoder"):
+        encode = model.text_encoder()
+    elif getattr(model, "tokenizer", None) is not None:
+        encode = model.tokenizer.text_to_ids
+    elif probe.vocabulary:
+        from nemo.collections.common.parts.preprocessing.parsers import make_parser
+
+        encode = make_parser(labels=training_labels(probe), name="en", do_normalize=False)
+    probe._training_encoder = encode
+    return encode
+
+
+def training_labels(probe) -> list[str]:
+    """The labels that NeMo's loader is given: the training section's, else the model section's."""
+    settings = probe.subject.settings
+    for key in ("model.train_ds.labels", "model.labels"):
+        value = settings.get(key) if settings is not None else None
+        if value:
+            return [str(label) for label in value]
+    cfg = getattr(probe.model, "_cfg", None)
+    for section in (cfg.get("train_ds") if cfg is not None else None, cfg):
+        if section is not None and section.get("labels"):
+            return [str(label) for label in section.labels]
+    return probe.vocabulary
+
+
+def _parser_of(loader):
+    """The parser or tokenizer inside a live loader's dataset."""
+    dataset = getattr(loader, "dataset", None)
+    for _ in range(4):
+        if dataset is None:
+            return None
+        for path in (("manifest_processor", "parser"), ("parser",), ("encode",), ("tokenizer",)):
+            found = dataset
+            for name in path:
+                found = getattr(found, name, None)
+            if found is not None:
+                tokenizer = getattr(found, "_tokenizer", found)  # NeMo wraps tokenizers for lhotse
+                text_to_ids = getattr(tokenizer, "text_to_ids", None)
+                if text_to_ids is not None or callable(tokenizer):
+                    return text_to_ids or tokenizer
+        inner = getattr(dataset, "datasets", None)
+        dataset = inner[0] if inner else getattr(dataset, "dataset", None)
+    return None
+
+
+def encode_text(probe, text: str) -> list[int]:
+    """Targets of a text as training makes them; raises what that raises."""
+    encode = training_encoder(probe)
+    if encode is None:
+        raise NotExamined("there is nothing that turns text into targets")
+    target = encode(text)
+    return [int(i) for i in target] if target is not None else []
+
+
+def decode_frames(probe, frames: list[int], width: int | None = None) -> str:
+    """What the model's decoding makes of these labels, one a frame."""
+    width = width or len(probe.vocabulary) + 1
+    log_probs = torch.full((1, len(frames), width), -20.0, device=probe.device)
+    log_probs[0, torch.arange(len(frames)), torch.tensor(frames)] = 0.0
+    out = probe.model.decoding.ctc_decoder_predictions_tensor(
+        decoder_outputs=log_probs.log_softmax(-1),
+        decoder_lengths=torch.tensor([len(frames)], device=probe.device),
+        return_hypotheses=False,
+    )
+    first = out[0] if not isinstance(out, tuple) else out[0][0]
+    first = first[0] if isinstance(first, list) else first
+    return first if isinstance(first, str) else first.text
+
+
+def _decodes(probe) -> None:
+    if getattr(probe.model, "decoding", None) is None or len(probe.vocabulary) < 3:
+        raise NotExamined("the model has no decoding of NeMo's kind")
+
+
+@check("labels", faults=("blank-index",), needs=("model",))
+def decoder_blank(subject):
+    """Decoding drops the blank, and nothing else."""
+    probe = subject.probe
+    _decodes(probe)
+    width = len(probe.vocabulary) + 1
+    with probe.ready(calibrate=False), torch.no_grad():
+        x, lengths = probe.features()
+        made = probe.forward(x, lengths)[0].shape[2]
+        if made != width:
+            yield Finding(
+                "blank-index",
+                "prevents",
+                f"The model has {made} outputs for {width - 1} labels and a blank, which are {width}.",
+                "Outputs and labels do not belong together: the blank is the last output by NeMo's rule, here another "
+                "index stands there, or some labels have no output.",
+                {"outputs": made, "labels": width - 1},
+                [f"model.decoder.num_classes={width - 1} (the blank is added to it)"],
+                0.95,
+                where="decoder",
+            )
+            return
+        # Two different letters around what is examined: a blank leaves nothing between them.
+        kept = _dropped(probe, [width - 1, 0, 1], width)
+        blank = getattr(probe.model.decoding, "blank_id", None)
+    if kept.get(width - 1) is False or kept.get(0) is True and kept.get(width - 1) is not True:
+        wrong = [i for i, dropped in kept.items() if dropped]
+        yield Finding(
+            "blank-index",
+            "prevents",
+            f"Decoding does not treat output {width - 1}, the model's blank, as the blank"
+            + (f", but output {wrong[0]} ({probe.label_names(wrong[:1])!r})." if wrong else "."),
+            "Loss and decoder put the blank at different places: what is printed has letters in place of blanks, however "
+            "well the model has learned.",
+            {"blank of the decoding": blank if blank is not None else wrong, "blank of the model": width - 1},
+            ["leave decoding to NeMo's CTCDecoding(cfg.decoding, vocabulary=decoder.vocabulary), which puts it last"],
+            0.95,
+            where="decoding",
+        )
+
+
+def _dropped(probe, indices: list[int], width: int) -> dict[int, bool]:
+    """Index -> whether decoding leaves nothing of it between two letters."""
+    found = {}
+    plain = [i for i, label in enumerate(probe.vocabulary) if label.strip() and i not in indices][:2]
+    if len(plain) < 2:
+        return found
+    a, b = plain
+    alone = decode_frames(probe, [a, a, b], width)
+    for index in indices:
+        try:
+            found[index] = decode_frames(probe, [a, index, b], width) == alone
+        except (IndexError, KeyError):
+            found[index] = False  # decoding looks for a label at the blank's place
+    return found
+
+
+@check("labels", faults=("label-order", "tokenizer-vocabulary"), needs=("model",))
+def text_survives(subject):
+    """Text that is turned into targets as in training, and back as in decoding, is the same text."""
+    probe = subject.probe
+    _decodes(probe)
+    texts = [row["text"] for row in subject.rows.get("train", [])[:200]] or _sentences(probe)
+    width = len(probe.vocabulary)
+    blank = width
+    changed: list[tuple[str, str]] = []
+    beyond, compared = 0, 0
+    with probe.ready(calibrate=False), torch.no_grad():
+        for text in dict.fromkeys(texts):
+            try:
+                target = encode_text(probe, text)
+            except NotExamined:
+                raise
+            except Exception:  # characters outside the labels: the data family says so
+                continue
+            if not target or compared >= 40:
+                continue
+            compared += 1
+            if max(target) >= width or min(target) < 0:
+                beyond += 1
+                continue
+            frames = [frame for index in target for frame in (index, blank)]
+            back = decode_frames(probe, frames)
+            if _letters(back) != _letters(text):
+                changed.append((text, back))
+    if not compared:
+        raise NotExamined("no text can be turned into targets")
+    if beyond:
+        yield Finding(
+            "blank-index",
+            "prevents",
+            f"{beyond} of {compared} texts get targets outside 0 to {width - 1}, the model's labels.",
+            "Targets hold the blank's index or one beyond it: labels in training are more than the outputs, or are "
+            "counted from 1.",
+            {"labels": width, "texts": beyond},
+            ["use the same list of labels for model.labels, train_ds.labels and decoder.vocabulary"],
+            0.9,
+            where="train_ds.labels",
+        )
+    if len(changed) > 0.3 * compared:
+        yield _changed(probe, changed, compared)
+
+
+def _letters(text: str) -> str:
+    return "".join(text.split())
+
+
+def _sentences(probe) -> list[str]:
+    """Texts of the labels themselves where there is no manifest."""
+    labels = [label for label in probe.vocabulary if len(label) == 1]
+    if probe.labels is not None and labels:
+        return ["".join(labels[i:] + labels[:i]).strip() for i in range(0, len(labels), 5)]
+    return ["the quick brown fox jumps over the lazy dog", "she sells sea shells", "he was not there"]
+
+
+def _changed(probe, changed, compared) -> Finding:
+    text, back = changed[0]
+    pairs = dict.fromkeys((a, b) for a, b in zip(_letters(text), _letters(back)) if a != b)
+    lost = sum(len(_letters(b)) < 0.7 * len(_letters(a)) for a, b in changed) > 0.5 * len(changed)
+    if lost:
+        return Finding(
+            "tokenizer-vocabulary", "prevents",
+            f"{len(changed)} of {compared} texts lose letters on the way to targets: {text[:60]!r} becomes {back[:60]!r}.",
+            "The labels or the tokenizer cannot spell these texts: what is unknown is dropped.",
+            {"text": text[:100], "after training's encoding and decoding": back[:100]},
+            ["train the tokenizer on these texts, or normalise them as its training text was"], 0.9,
+            where="tokenizer" if probe.labels is None else "labels",
+        )
+    training, decoding = training_labels(probe), probe.vocabulary
+    differing = [i for i, (a, b) in enumerate(zip(training, decoding)) if a != b]
+    return Finding(
+        "label-order", "prevents",
+        f"{len(changed)} of {compared} texts come back as others: {text[:60]!r} becomes {back[:60]!r}.",
+        "Training numbers the labels in another order than decoding: the model learns well and prints a cipher.",
+        {"text": text[:100], "comes back as": back[:100], "letters": [f"{a} -> {b}" for a, b in list(pairs)[:8]],
+         "first label that differs": f"{differing[0]}: {training[differing[0]]!r} in training, {decoding[differing[0]]!r} "
+         "in decoding" if differing else "-"},
+        ["one list of labels for all: model.train_ds.labels=${model.labels} model.decoder.vocabulary=${model.labels}"],
+        0.95,
+        where="train_ds.labels" if differing else "decoding",
+    )

@@ -1,0 +1,90 @@
+"""Does what is said at a time come out at that time? Perturbs stretches of the input and sees where the output moves."""
+
+from __future__ import annotations
+
+import torch
+
+from tools.doctor.finding import Finding, Plot
+from tools.doctor.registry import NotExamined, check
+
+STRETCHES = 10
+IN_ORDER, OUT_OF_ORDER = 0.75, 0.45  # correlation of where the input changed and where the output did
+
+
+def influence(probe, x, lengths):
+    """(S, T'): how much each output frame moves when the s-th stretch of the one item `x` (1, D, T) is replaced."""
+    frames = x.shape[2]
+    out, _ = probe.forward(x, lengths)
+    other, _ = probe.made_up_features([frames], seed=11)
+    other = other * float(x.std())
+    moves = []
+    for s in range(STRETCHES):
+        begin, end = s * frames // STRETCHES, (s + 1) * frames // STRETCHES
+        changed = x.clone()
+        changed[:, :, begin:end] = other[:, :, begin:end]
+        moves.append((probe.forward(changed, lengths)[0] - out)[0].square().mean(dim=1).sqrt())
+    return torch.stack(moves)
+
+
+def order(moves) -> tuple[float, list[float]]:
+    """(correlation of an output frame's place with that of the input it depends on, that place of each frame, 0 to 1)."""
+    weight = moves.double().square()
+    total = weight.sum(dim=0)
+    heard = total > 1e-4 * total.median().clamp(min=1e-30)
+    centres = (torch.arange(moves.shape[0], dtype=torch.float64, device=moves.device) + 0.5) / moves.shape[0]
+    place = (weight * centres[:, None]).sum(dim=0) / total.clamp(min=1e-30)
+    t = (torch.arange(moves.shape[1], dtype=torch.float64, device=moves.device) + 0.5) / moves.shape[1]
+    if int(heard.sum()) < 8:
+        return 0.0, place.tolist()
+    a, b = t[heard] - t[heard].mean(), place[heard] - place[heard].mean()
+    bound = float(a.norm() * b.norm())
+    # All frames depend on the same input: there is no order at all.
+    return (float((a * b).sum()) / bound if float(b.std()) > 1e-3 and bound > 0 else 0.0), place.tolist()
+
+
+@check("locality", faults=("time-scrambled",), needs=("model",))
+def time_is_kept(subject):
+    """What changes at a time of the input changes the output at that time."""
+    probe = subject.probe
+    with probe.ready(), torch.no_grad():
+        x, lengths = probe.features()
+        item = int(lengths.argmax())
+        x, lengths = x[item : item + 1, :, : int(lengths[item])], lengths[item : item + 1]
+        moves = influence(probe, x, lengths)
+        if not bool(torch.isfinite(moves).all()):
+            raise NotExamined("outputs are not finite")
+        if float(moves.max()) < 1e-6:
+            raise NotExamined("outputs do not depend on the input")
+        if moves.shape[1] < 8:
+            raise NotExamined(f"only {moves.shape[1]} output frames for {x.shape[2]} of the input")
+        together, place = order(moves)
+        if together > IN_ORDER:
+            return
+        noise, _ = probe.made_up_features([320], seed=5)
+        second, _ = order(influence(probe, noise, torch.tensor([320], device=noise.device)))
+    if together > OUT_OF_ORDER or second > IN_ORDER:
+        return
+    flipped = together < -0.6
+    blurred = float(torch.tensor(place).std()) < 0.05
+    yield Finding(
+        "time-scrambled",
+        "prevents",
+        "Time runs backwards through the model: what changes at the start of the input moves the end of the output."
+        if flipped else
+        "Every output frame depends on the whole input alike: the output does not say when anything was said." if blurred
+        else f"What changes at one time of the input moves the output at other times (correlation {together:.2f}; 1 is "
+        "right).",
+        "The time axis is flipped and not flipped back." if flipped else
+        "Pooling or attention removed the order of time, or positions are lost." if blurred else
+        "A view or reshape stands where a transpose belongs, so that features of one frame are spread over many, or one "
+        "direction of a recurrence is not turned back. CTC needs frames in the order of speech.",
+        {"correlation": round(together, 3), "on made-up features": round(second, 3)},
+        ["undo the flip: x.flip(time_axis) before and after, each within its length"] if flipped else
+        ["x.transpose(1, 2) in place of x.view(B, T, D) or x.reshape(B, T, D); check a (B, C, T, F) tensor before it is "
+         "flattened: permute to (B, T, C, F) first"],
+        0.95 if abs(together) < 0.3 or flipped else 0.75,
+        where="encoder",
+        plots=[Plot("Where each output frame looks", "output frame / all", "input time / all",
+                    {"seen": ([(i + 0.5) / len(place) for i in range(len(place))], place),
+                     "right": ([0.0, 1.0], [0.0, 1.0])})],
+    )

@@ -1,0 +1,202 @@
+"""Opens a model: live, from a `.nemo`, from a checkpoint, or built from a configuration. Imports torch and NeMo.
+
+Whatever goes wrong becomes one finding (ModelUnreadable.finding). Weights are read with `weights_only`.
+"""
+
+from __future__ import annotations
+
+import copy
+import importlib
+from pathlib import Path
+
+from omegaconf import DictConfig, OmegaConf, open_dict
+
+from tools.doctor.finding import Finding
+from tools.doctor.subject import Subject
+
+
+class ModelUnreadable(Exception):
+    """A model that cannot be opened; `finding` says why."""
+
+    def __init__(self, finding: Finding):
+        super().__init__(finding.symptom)
+        self.finding = finding
+
+
+def open_model(subject: Subject):
+    """probe.Probe around the subject's model. Raises ModelUnreadable."""
+    import torch
+
+    from recipes.quiet import quiet_nemo
+    from tools.doctor.probe import Probe
+
+    given = subject.given_model
+    live = given is not None and not isinstance(given, (str, Path))
+    if not live:
+        quiet_nemo()
+    device = subject.device_wanted
+    if device is None and not live:
+        device = "cuda" if torch.cuda.is_available() else "cpu"
+    if live:
+        if not isinstance(given, torch.nn.Module) or not hasattr(given, "forward"):
+            raise _unreadable(f"The model given is a {type(given).__name__}.", "model",
+                              ["give an EncDecCTCModel, or the path of a .nemo or checkpoint"])
+        return Probe(given, subject, device=device, own=False)
+    if given is not None:
+        model = _restore(Path(given), subject)
+    else:
+        model = build(subject.settings)
+    return Probe(model, subject, device=device, own=True)
+
+
+def _unreadable(symptom: str, where: str, fix: list[str]) -> ModelUnreadable:
+    return ModelUnreadable(
+        Finding("input-unreadable", "prevents", symptom, "It is not there, is broken, or is not a model of this kind.",
+                {}, fix, 1.0, where=where, unreadable=True)
+    )
+
+
+def does_not_build(error: BaseException, where: str, cause: str, fix: list[str]) -> ModelUnreadable:
+    """The finding for a configuration that does not build a model."""
+    line = " ".join(str(error).split())[:400] or "no message"
+    return ModelUnreadable(
+        Finding("model-does-not-build", "prevents", f"The model cannot be built: {type(error).__name__}: {line}", cause,
+                {"error": f"{type(error).__name__}: {line}"}, fix, 1.0, where=where)
+    )
+
+
+def build(settings):
+    """A fresh model from a configuration: our class for our recipes, else NeMo's. Raises ModelUnreadable."""
+    import recipes  # noqa: F401  registers our classes with NeMo
+    from nemo.collections.asr.models import EncDecCTCModel, EncDecCTCModelBPE
+
+    cfg = copy.deepcopy(settings.cfg)
+    model_cfg = without_data(cfg.model)
+    _import_targets(model_cfg)
+    try:
+        if settings.recipe:
+            from recipes.ctc_model import CTCModel, CTCModelBPE
+
+            kind = CTCModelBPE if model_cfg.get("tokenizer") else CTCModel
+        else:
+            kind = EncDecCTCModelBPE if model_cfg.get("tokenizer") else EncDecCTCModel
+        OmegaConf.resolve(model_cfg)
+        return kind(cfg=model_cfg, trainer=None)
+    except Exception as error:  # whatever anybody's constructor raises
+        where, fix = _blame(error, settings)
+        raise does_not_build(error, where, "The configuration and the code that it names do not fit together.",
+                             fix) from error
+
+
+def without_data(model_cfg: DictConfig) -> DictConfig:
+    """The model's section without data sets, which are read here by other means, and without values that are missing."""
+    whole = OmegaConf.create({"model": model_cfg})
+    if model_cfg._get_parent() is not None:  # interpolations reach outside the section
+        root = copy.deepcopy(model_cfg._get_root())
+        whole = root if "model" in root else whole
+    with open_dict(whole):
+        for key in ("train_ds", "validation_ds", "test_ds", "optim"):
+            if key in whole.model:
+                whole.model[key] = None
+        for key in OmegaConf.missing_keys(whole.model):
+            OmegaConf.update(whole.model, key, None)
+    OmegaConf.resolve(whole.model)
+    return OmegaConf.create(OmegaConf.to_container(whole.model))
+
+
+def _import_targets(node) -> None:
+    """Imports the packages that `_target_`s name, so that they can register themselves with NeMo."""
+    for value in OmegaConf.to_container(node).values():
+        if isinstance(value, dict) and isinstance(value.get("_target_"), str):
+            try:
+                importlib.import_module(value["_target_"].split(".")[0])
+            except ImportError:
+                continue  # building says so in its own words
+
+
+def _blame(error: BaseException, settings) -> tuple[str, list[str]]:
+    """(configuration key, advice) for an error while building."""
+    line = str(error)
+    for part in ("encoder", "decoder", "preprocessor", "spec_augment", "tokenizer", "decoding"):
+        target = str(settings.get(f"model.{part}._target_") or "")
+        if target and (target in line or target.rpartition(".")[2] in line):
+            return settings.key(f"model.{part}"), [f"mend {settings.key(f'model.{part}')} as the message says"]
+    if "UnsafeTarget" in type(error).__name__:
+        return settings.key("model"), [
+            "import the package and append its name with a dot to nemo.core.classes.common.ALLOWED_TARGET_PREFIXES"]
+    if "feat_in" in line or "feat_out" in line:
+        return settings.key("model.decoder.feat_in"), ["give the decoder feat_in=null: it is then the encoder's width"]
+    return settings.name, ["mend the key or value that the message names"]
+
+
+def _restore(path: Path, subject: Subject):
+    """A model from a `.nemo` or a checkpoint. Raises ModelUnreadable."""
+    import recipes  # noqa: F401
+
+    if not path.is_file():
+        raise _unreadable(f"There is no model at {path}.", str(path), ["give the path of a .nemo or .ckpt"])
+    try:
+        if path.suffix == ".nemo":
+            from nemo.collections.asr.models import ASRModel
+
+            model = ASRModel.restore_from(str(path), map_location="cpu")
+        else:
+            model = _from_checkpoint(path, subject)
+    except ModelUnreadable:
+        raise
+    except Exception as error:  # tar, yaml, pickle, torch: no common kind
+        line = " ".join(str(error).split())[:300]
+        raise _unreadable(f"{path} cannot be restored: {type(error).__name__}: {line}", str(path),
+                          ["give a complete file written by NeMo or Lightning; a checkpoint that was cut off while it "
+                           "was written is lost, use the one before it"]) from error
+    if not all(hasattr(model, part) for part in ("encoder", "decoder", "loss")):
+        raise _unreadable(f"{path} holds a {type(model).__name__}, which is no CTC model.", str(path),
+                          ["give a model with encoder, decoder and CTC loss"])
+    return model
+
+
+def _from_checkpoint(path: Path, subject: Subject):
+    """The model that the configuration (or the checkpoint's own) builds, with the checkpoint's weights."""
+    import torch
+
+    from tools.doctor.configs import Settings
+
+    try:
+        saved = torch.load(path, map_location="cpu", weights_only=True)
+    except Exception:  # Lightning stores the configuration as OmegaConf's classes: allow those and nothing else
+        saved = _load_with_config(path)
+    weights = saved.get("state_dict", saved) if isinstance(saved, dict) else None
+    if not isinstance(weights, dict) or not any(isinstance(v, torch.Tensor) for v in weights.values()):
+        raise _unreadable(f"{path} holds no state_dict.", str(path), ["give a Lightning checkpoint"])
+    settings = subject.settings
+    if settings is None or not settings.builds_model:
+        own = saved.get("hyper_parameters", {})
+        own = own.get("cfg", own) if isinstance(own, dict) or OmegaConf.is_config(own) else {}
+        if not (isinstance(own, (dict, DictConfig)) and "encoder" in own):
+            raise _unreadable(f"{path} does not say how its model is built.", str(path),
+                              ["give the configuration too: --config config.yaml"])
+        settings = Settings(OmegaConf.create({"model": own}), str(path))
+        subject.settings = subject.settings or settings
+    model = build(settings)
+    missing, unexpected = model.load_state_dict(weights, strict=False)
+    missing = [key for key in missing if not key.startswith(("preprocessor.", "spec_augmentation.", "loss.", "wer."))]
+    if missing:
+        raise _unreadable(f"{path} lacks {len(missing)} of the model's weights, first {missing[0]}.", str(path),
+                          ["give the configuration that the checkpoint was trained with"])
+    return model
+
+
+def _load_with_config(path: Path):
+    """A checkpoint whose hyper-parameters are OmegaConf nodes; still weights only, these classes allowed."""
+    import collections
+    import typing
+
+    import omegaconf
+    import torch
+    from omegaconf import base, listconfig, nodes
+
+    allowed = [DictConfig, omegaconf.ListConfig, base.ContainerMetadata, base.Metadata, collections.defaultdict, dict,
+               list, int, float, str, bool, typing.Any, type(None), listconfig.ListConfig]
+    allowed += [kind for kind in vars(nodes).values() if isinstance(kind, type)]
+    with torch.serialization.safe_globals(allowed):
+        return torch.load(path, map_location="cpu", weights_only=True)

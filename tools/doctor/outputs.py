@@ -1,0 +1,184 @@
+"""What comes out: does the model run, are its outputs log-probabilities, do they depend on the input?"""
+
+from __future__ import annotations
+
+import math
+
+import torch
+
+from tools.doctor.finding import Finding
+from tools.doctor.registry import NotExamined, check
+from tools.doctor.tracing import describe, differs, trace
+
+NORMALISED = 0.02  # nats by which the log of the sum of probabilities may miss 0
+CONFIDENT = 0.6  # probability that a frame must reach when the last layer's weights are large
+
+
+@check("outputs", faults=("explodes",), needs=("model",))
+def outputs_are_finite(subject):
+    """Outputs are finite."""
+    probe = subject.probe
+    with probe.ready(), torch.no_grad():
+        x, lengths = probe.features()
+        out, _ = probe.forward(x, lengths)
+        if bool(torch.isfinite(out).all()):
+            return
+        steps = trace(probe.model, lambda: probe.forward(x, lengths))
+    first = next((s for s in steps if s.left is not None and not bool(torch.isfinite(s.left).all())), None)
+    bad = [name for name, p in probe.model.named_parameters() if not bool(torch.isfinite(p).all())]
+    share = float((~torch.isfinite(out)).float().mean())
+    yield Finding(
+        "explodes",
+        "prevents",
+        f"{share:.0%} of the outputs are not finite, on features that are; first in "
+        f"{describe(first) if first else 'the last step'}.",
+        "Its weights are not finite (the run that left them had diverged)." if bad else
+        "Values grow from layer to layer, or frame to frame, until float32 cannot hold them, or a logarithm, root or "
+        "division meets 0.",
+        {"not finite": share, "first module": describe(first) if first else "-", "parameters not finite": bad[:5]},
+        ["start from a checkpoint before the first NaN, and lower the learning rate"] if bad else
+        ["bound or normalise what comes before it: LayerNorm, a gated recurrence (LSTM, GRU) instead of ReLU, smaller "
+         "initial weights"],
+        0.95,
+        where=first.name if first else "",
+    )
+
+
+@check("outputs", faults=("not-log-probs", "softmax-axis"), needs=("model",))
+def outputs_are_log_probs(subject):
+    """Outputs are log-probabilities over the labels."""
+    probe = subject.probe
+    with probe.ready(), torch.no_grad():
+        x, lengths = probe.features()
+        out, out_lengths = probe.forward(x, lengths)
+        if not bool(torch.isfinite(out).all()):
+            raise NotExamined("outputs are not finite")
+        width = len(probe.vocabulary) + 1
+        if out.dim() != 3:
+            raise NotExamined(f"outputs have {out.dim()} axes, not (B, T, V+1)")
+        off = {axis: float(torch.logsumexp(out.double(), dim=axis).abs().mean()) for axis in (0, 1, 2)}
+        if off[2] > NORMALISED:
+            yield from _not_normalised(probe, x, lengths, out, off)
+            return
+        sharpest = _sharpest(probe, x, lengths)
+    if sharpest is not None and sharpest < CONFIDENT:
+        yield Finding(
+            "not-log-probs",
+            "prevents",
+            f"However large the last layer's weights, no label gets a probability over {sharpest:.2f}.",
+            "The scores pass through softmax (or a bounded function) before log_softmax: probabilities between 0 and 1 "
+            "are taken for scores, so the outputs stay near uniform and the loss cannot fall.",
+            {"largest probability": sharpest, "labels": width,
+             "of a softmax of a softmax": math.e / (math.e + out.shape[2] - 1)},
+            ["apply log_softmax once, to the raw scores of the last linear layer, and nothing before it"],
+            0.95,
+            where="decoder",
+        )
+
+
+def _not_normalised(probe, x, lengths, out, off):
+    evidence = {"log of the sum over labels": off[2], "over time": off[1], "over the batch": off[0],
+                "smallest": float(out.min()), "largest": float(out.max())}
+    names = {0: "the batch", 1: "time"}
+    axis = min((0, 1), key=lambda a: off[a])
+    if off[axis] < NORMALISED and out.shape[axis] > 1:
+        yield Finding(
+            "softmax-axis",
+            "prevents",
+            f"Probabilities sum to 1 over {names[axis]}, not over the labels.",
+            f"log_softmax is taken over axis {axis} of (B, T, V+1): frames or utterances compete with each other, "
+            "labels do not.",
+            evidence,
+            ["log_softmax(scores, dim=-1) on scores of shape (B, T, V+1)"],
+            0.98,
+            where="decoder",
+        )
+        return
+    # A reshape before the softmax can hide the axis: normalised over another grouping of the same numbers.
+    probability = float(out.min()) >= 0 and float(out.max()) <= 1
+    sums = float(out.sum(dim=2).sub(1).abs().mean())
+    if probability and sums < NORMALISED:
+        seen, cause = "Outputs are probabilities, not their logarithms.", "softmax is applied where log_softmax belongs."
+    else:
+        seen = f"Outputs are not log-probabilities: the log of their sum over the labels is {off[2]:.2f} on average, not 0."
+        cause = "log_softmax is missing (raw scores reach the loss), or is taken over another axis or before a later layer."
+    yield Finding(
+        "not-log-probs",
+        "prevents" if _loss_minds(probe, x, lengths, out) else "note",
+        seen,
+        cause + " CTC adds up log-probabilities: of anything else it makes numbers without meaning, below 0 or growing "
+        "without limit.",
+        evidence,
+        ["decoder: return torch.nn.functional.log_softmax(scores, dim=-1)"],
+        0.95,
+        where="decoder",
+    )
+
+
+def _loss_minds(probe, x, lengths, out) -> bool:
+    """Whether the loss takes what it is given for log-probabilities (True), or normalises on its own."""
+    from tools.doctor.loss import call_loss
+
+    targets = torch.arange(1, 4, device=out.device)[None].repeat(out.shape[0], 1).clamp(max=out.shape[2] - 2)
+    sizes = torch.full((out.shape[0],), 3, device=out.device)
+    frames = torch.full((out.shape[0],), out.shape[1], device=out.device)
+    try:
+        raw = call_loss(probe.model, out, targets, frames, sizes)
+        normalised = call_loss(probe.model, out.log_softmax(dim=-1), targets, frames, sizes)
+    except Exception:  # anybody's loss
+        return True
+    return abs(float(raw) - float(normalised)) > 1e-3 * max(abs(float(normalised)), 1.0)
+
+
+def _sharpest(probe, x, lengths) -> float | None:
+    """Largest probability, on half of the frames at least, when the decoder's weights are 200 times theirs."""
+    weights = [p for p in probe.model.decoder.parameters() if p.dim() > 1]
+    if not weights:
+        return None
+    for weight in weights[-1:]:
+        spread = float(weight.std())
+        # Also a layer that was set to 0 has to be able to be sure.
+        weight.copy_(weight * 200 + (torch.randn_like(weight) * 20 if spread < 1e-6 else 0))
+    out, _ = probe.forward(x, lengths)
+    if not bool(torch.isfinite(out).all()):
+        return None
+    top = out.exp().amax(dim=2)
+    return float(top.flatten().median())
+
+
+@check("outputs", faults=("output-constant",), needs=("model",))
+def output_depends_on_input(subject):
+    """Outputs depend on the input."""
+    probe = subject.probe
+    with probe.ready(), torch.no_grad():
+        x, lengths = probe.features()
+        other, _ = probe.made_up_features([x.shape[2]] * x.shape[0], seed=7)
+        other = other * float(x.std()) * (x != 0).any(dim=1, keepdim=True)
+        out, _ = probe.forward(x, lengths)
+        changed, _ = probe.forward(other, lengths)
+        if not bool(torch.isfinite(out).all() & torch.isfinite(changed).all()):
+            raise NotExamined("outputs are not finite")
+        change = float((out - changed).abs().max())
+        size = float((out - out.mean(dim=2, keepdim=True)).square().mean().sqrt())
+        if change > 2e-5 * max(size, float(out.abs().mean()), 1e-3):
+            return
+        one = trace(probe.model, lambda: probe.forward(x, lengths))
+        two = trace(probe.model, lambda: probe.forward(other, lengths))
+    dead = None
+    for a, b in zip(one, two):
+        if a.left is not None and differs(a.entered, b.entered, 1e-5) and not differs(a.left, b.left, 1e-6):
+            dead = a
+            break
+    yield Finding(
+        "output-constant",
+        "prevents",
+        f"Outputs are the same for different inputs (largest change {change:.1g})"
+        + (f"; the input's influence ends in {describe(dead)}." if dead else "."),
+        "Something on the way replaces or drops the signal: weights of 0, a dropout or mask that leaves nothing, an "
+        "activation that is 0 everywhere, a result that is computed and then not used.",
+        {"largest change of an output": change, "spread of the outputs": size,
+         "where it ends": describe(dead) if dead else "not in one module: look at the code between modules"},
+        ["follow the tensor through forward: print its standard deviation over inputs after each layer"],
+        0.95,
+        where=dead.name if dead else "",
+    )

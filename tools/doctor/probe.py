@@ -1,0 +1,271 @@
+"""A live NeMo CTC model as the probes use it: run on inputs of their choosing, and left exactly as it was found.
+
+Shapes: B batch, D features (mel bins), T frames, V labels; lengths (B).
+"""
+
+from __future__ import annotations
+
+import contextlib
+import random
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+SPEECH_FRAMES = (190, 320, 250, 280)  # of made-up items, when there is no audio: lengths differ on purpose
+
+
+@contextlib.contextmanager
+def untouched(model: nn.Module) -> Iterator[None]:
+    """On leaving, everything is as it was: parameters, buffers, gradients, modes, attributes, random state."""
+    parameters = {p: (p.detach().clone(), p.requires_grad, p.grad) for p in model.parameters()}
+    buffers = [(module, name, buffer, None if buffer is None else buffer.clone())
+               for module in model.modules() for name, buffer in module._buffers.items()]
+    modes = [(module, module.training) for module in model.modules()]
+    plain = [(module, {k: v for k, v in vars(module).items() if isinstance(v, (int, float, str, bool, type(None)))})
+             for module in model.modules()]
+    held = {name: vars(model).get(name) for name in ("_optimizer", "_scheduler", "_optimizer_param_groups", "step_stats",
+                                                     "infeasible_seen", "_statistics", "_trainer")}
+    held["infeasible_seen"] = set(held["infeasible_seen"]) if held["infeasible_seen"] is not None else None
+    state = random.getstate(), np.random.get_state(), torch.get_rng_state()
+    cuda = torch.cuda.get_rng_state_all() if torch.cuda.is_initialized() else None
+    gradients = torch.is_grad_enabled()
+    for p in model.parameters():
+        p.grad = None
+    try:
+        yield
+    finally:
+        torch.set_grad_enabled(gradients)
+        with torch.no_grad():
+            for p, (value, required, grad) in parameters.items():
+                if not torch.equal(p, value):
+                    p.copy_(value)
+                p.requires_grad_(required)
+                p.grad = grad
+            for module, name, buffer, value in buffers:
+                if buffer is not None:
+                    # A buffer that grew (positional encodings) is put back whole.
+                    buffer.copy_(value) if buffer.shape == value.shape else buffer.set_(value)
+                module._buffers[name] = buffer
+        for module, values in plain:
+            for name, value in values.items():
+                object.__setattr__(module, name, value) if vars(module).get(name, value) is not value else None
+        for module, mode in modes:
+            module.training = mode
+        for name, value in held.items():
+            if name in vars(model) or value is not None:
+                object.__setattr__(model, name, value)
+        random.setstate(state[0])
+        np.random.set_state(state[1])
+        torch.set_rng_state(state[2])
+        if cuda is not None:
+            torch.cuda.set_rng_state_all(cuda)
+
+
+@dataclass
+class Item:
+    """One utterance to probe with: samples, and its text and row where it is real."""
+
+    audio: np.ndarray
+    text: str = ""
+    row: dict[str, Any] = field(default_factory=dict)
+
+
+class Probe:
+    """A model and what the probes ask of it.
+
+    Attributes:
+        model: the live model.
+        device: where it is run.
+        labels: characters in the order of the outputs, None for sub-word tokens.
+        vocabulary: labels or tokens in the order of the outputs.
+        subject: for its rows and settings.
+    """
+
+    def __init__(self, model, subject, device=None, own: bool = True):
+        self.model, self.subject = model, subject
+        parameter = next(model.parameters(), None)
+        here = torch.device("cpu") if parameter is None else parameter.device
+        self.device = torch.device(device) if device is not None else here
+        if own:
+            model.to(self.device)
+        else:
+            self.device = here  # a live model stays where it is
+        vocabulary = getattr(getattr(model, "decoder", None), "vocabulary", None)
+        self.vocabulary = [str(label) for label in vocabulary] if vocabulary is not None else []
+        self.labels = None if getattr(model, "tokenizer", None) is not None or not self.vocabulary else self.vocabulary
+        self._features: tuple[Tensor, Tensor] | None = None
+
+    # ---- inputs --------------------------------------------------------------------------------------------
+
+    @property
+    def sample_rate(self) -> int:
+        return int(getattr(getattr(self.model, "preprocessor", None), "_sample_rate", 0) or self.subject.sample_rate)
+
+    @property
+    def feature_width(self) -> int:
+        """Mel bins that the encoder takes."""
+        for part, name in (("encoder", "_feat_in"), ("preprocessor", "_features")):
+            value = getattr(getattr(self.model, part, None), name, None)
+            if isinstance(value, int) and value > 0:
+                return value
+        return int(self.subject.settings.number("model.preprocessor.features", 80)) if self.subject.settings else 80
+
+    def items(self, count: int = 4, longest: float = 6.0) -> list[Item]:
+        """Utterances of the training manifest, spread over it and of different lengths; made-up sound without one."""
+        from recipes.data import read_audio
+
+        rows = [row for row in self.subject.rows.get("train", []) or next(iter(self.subject.rows.values()), [])
+                if 0.8 <= row["duration"] <= longest and row["text"].strip()]
+        found = []
+        order = [rows[i] for i in random.Random(self.subject.seed).sample(range(len(rows)), min(len(rows), 6 * count))]
+        for row in order:
+            if len(found) == count:
+                break
+            try:
+                samples = read_audio(row, self.sample_rate)
+            except (RuntimeError, ValueError):
+                continue  # the data family says so
+            if np.isfinite(samples).all() and np.abs(samples).max() > 1e-4:
+                found.append(Item(samples, row["text"], row))
+        made = [Item(made_up_sound(frames * self.sample_rate // 100, self.sample_rate, seed), "")
+                for seed, frames in enumerate(SPEECH_FRAMES * (count // 4 + 1))]
+        return found if len(found) == count else found + made[: count - len(found)]
+
+    def audio_batch(self, items: list[Item]) -> tuple[Tensor, Tensor]:
+        """Padded (B, samples) float32 and lengths (B)."""
+        lengths = torch.tensor([len(item.audio) for item in items])
+        batch = torch.zeros(len(items), int(lengths.max()))
+        for row, item in enumerate(items):
+            batch[row, : len(item.audio)] = torch.from_numpy(np.ascontiguousarray(item.audio, dtype=np.float32))
+        return batch.to(self.device), lengths.to(self.device)
+
+    def features(self) -> tuple[Tensor, Tensor]:
+        """Features (B, D, T) of four items, padding zero, and lengths (B): the preprocessor's where they are usable.
+
+        Where they are not finite, or all the same, noise that varies as speech does stands in: the features family
+        says what is wrong with them, and the encoder is examined all the same.
+        """
+        if self._features is None:
+            x, lengths = None, None
+            try:
+                with untouched(self.model), torch.no_grad():
+                    self.model.eval()
+                    audio, audio_lengths = self.audio_batch(self.items())
+                    x, lengths = self.model.preprocessor(input_signal=audio, length=audio_lengths)
+                    x = x.detach().float()[:, :, : int(lengths.max())].clone()
+                    lengths = lengths.detach().long().clone()
+            except Exception:  # a preprocessor of any kind
+                x = None
+            usable = x is not None and x.dim() == 3 and x.shape[1] == self.feature_width and int(lengths.min()) >= 40
+            if usable:
+                scale = float(x.std())
+                usable = bool(torch.isfinite(x).all()) and 0.05 < scale < 50
+            if not usable:
+                x, lengths = self.made_up_features(SPEECH_FRAMES)
+            mask = torch.arange(x.shape[2], device=x.device)[None, None, :] < lengths[:, None, None]
+            self._features = x * mask, lengths
+        return self._features
+
+    def made_up_features(self, frames, seed: int = 0) -> tuple[Tensor, Tensor]:
+        """Normalised noise that is alike over some frames and mel bins, (B, D, T), lengths (B)."""
+        generator = torch.Generator().manual_seed(seed)
+        x = torch.randn(len(frames), self.feature_width, max(frames), generator=generator)
+        x = nn.functional.avg_pool1d(x, 5, 1, 2, count_include_pad=False)
+        x = nn.functional.avg_pool1d(x.transpose(1, 2), 3, 1, 1, count_include_pad=False).transpose(1, 2)
+        x = (x - x.mean(dim=2, keepdim=True)) / x.std(dim=2, keepdim=True)
+        return x.to(self.device), torch.tensor(list(frames), device=self.device)
+
+    # ---- running -------------------------------------------------------------------------------------------
+
+    def forward(self, x: Tensor, lengths: Tensor) -> tuple[Tensor, Tensor]:
+        """Features (B, D, T), lengths (B) to (log-probs (B, T', V+1) float32, lengths (B)), in the current mode."""
+        out = self.model.forward(processed_signal=x, processed_signal_length=lengths)
+        return out[0].float(), out[1]
+
+    @contextlib.contextmanager
+    def ready(self, train: bool = False, calibrate: bool = True) -> Iterator[None]:
+        """`untouched`, without chance (dropout, masks, dither), in eval mode or train mode.
+
+        A fresh model's running statistics are those of nothing: with `calibrate` they are first set to those of the
+        probe's own batch, as training would set them.
+        """
+        with untouched(self.model):
+            torch.manual_seed(0)
+            self.model.train()
+            undo = without_chance(self.model)
+            try:
+                if calibrate and not train and any("running_mean" in name for name, _ in self.model.named_buffers()):
+                    self.calibrate()
+                self.model.train(train)
+                yield
+            finally:
+                for call in undo:
+                    call()
+
+    def calibrate(self) -> None:
+        """Sets running statistics to those of the probe's batch, by a pass with momentum 1."""
+        modules = [m for m in self.model.modules() if getattr(m, "running_mean", None) is not None]
+        momenta = [getattr(module, "momentum", None) for module in modules]
+        for module in modules:
+            if isinstance(getattr(module, "momentum", None), float):
+                module.momentum = 1.0
+        try:
+            with torch.no_grad():
+                self.forward(*self.features())
+        finally:
+            for module, momentum in zip(modules, momenta):
+                if momentum is not None:
+                    module.momentum = momentum
+        broken = [b for name, b in self.model.named_buffers() if "running_" in name and not torch.isfinite(b).all()]
+        for buffer in broken:  # restored afterwards by untouched
+            buffer.fill_(1.0)
+
+    def label_names(self, indices: list[int]) -> str:
+        return " ".join(self.vocabulary[i] if i < len(self.vocabulary) else f"<{i}>" for i in indices)
+
+
+def without_chance(model: nn.Module) -> list:
+    """Switches off dropout of every kind, spectrogram masks and dither; returns the calls that undo it."""
+    undo = []
+
+    def put(module, name, value):
+        before = getattr(module, name)
+        undo.append(lambda: setattr(module, name, before))
+        setattr(module, name, value)
+
+    for module in model.modules():
+        if isinstance(module, nn.modules.dropout._DropoutNd):
+            put(module, "p", 0.0)
+        elif isinstance(module, nn.RNNBase) and module.dropout:
+            put(module, "dropout", 0.0)
+        for name in ("dither", "stochastic_depth_drop_prob", "dropout_p", "dropout_rate"):
+            if isinstance(vars(module).get(name), float):
+                put(module, name, 0.0)
+        if isinstance(vars(module).get("layer_drop_probs"), list):
+            put(module, "layer_drop_probs", [0.0] * len(module.layer_drop_probs))
+    if getattr(model, "spec_augmentation", None) is not None:
+        masks = model._modules["spec_augmentation"] if "spec_augmentation" in model._modules else None
+        if masks is not None:
+            undo.append(lambda: model._modules.__setitem__("spec_augmentation", masks))
+            model._modules["spec_augmentation"] = None
+    return undo
+
+
+def made_up_sound(samples: int, rate: int, seed: int) -> np.ndarray:
+    """Tones and noise that change every tenth of a second: no speech, but it varies as speech does."""
+    generator = np.random.default_rng(seed)
+    t = np.arange(samples) / rate
+    step = max(rate // 10, 1)
+    pitch = np.repeat(generator.uniform(90, rate * 0.2, samples // step + 1), step)[:samples]
+    level = np.repeat(generator.uniform(0.02, 0.3, samples // step + 1), step)[:samples]
+    return (level * np.sin(2 * np.pi * pitch * t) + 0.02 * generator.standard_normal(samples)).astype(np.float32)
+
+
+def relative(change: Tensor, scale: Tensor) -> float:
+    """Root mean square of `change` by that of `scale` about its mean."""
+    spread = float((scale - scale.mean(dim=tuple(range(scale.dim() - 1)), keepdim=True)).square().mean().sqrt())
+    return float(change.square().mean().sqrt()) / max(spread, 1e-12)
