@@ -19,19 +19,19 @@ from lightning.pytorch import Callback
 from torch import Tensor
 
 from tools.doctor import listen, utterances
-from tools.doctor.autopsy import RandomState, Watch, broken_parameters, examine_batch, is_nemo, times_of
+from tools.doctor.autopsy import RandomState, Watch, broken_parameters, examine_batch
 from tools.doctor.finding import Finding, Report
-from tools.doctor.live import movement_probe, optimizer_findings, planned_steps, probe_model, run_folder, scanned, schedule_findings
+from tools.doctor.frames import Frames, Gradients, Movement
+from tools.doctor.live import optimizer_findings, planned_steps, probe_model, run_folder, scanned, schedule_findings
 from tools.doctor.metrics import Tally
 from tools.doctor.run import diagnose
-from tools.doctor.trace import BadStep, Points, Trace
+from tools.doctor.trace import Trace
 
 log = logging.getLogger("doctor")
 
 BAD_IN_A_ROW = 3  # non-finite steps, parameters still whole, before a run is said to be lost
 SCALER_PATIENCE = 10  # a gradient scaler for float16 looks for its scale by overflowing
 SCAN_EVERY = 200  # steps between two looks at the outputs of all modules
-KEPT = 2000  # points of a series
 
 
 class Doctor(Callback):
@@ -61,10 +61,6 @@ class Doctor(Callback):
         self._begun = self._batch_ended = None
         self._stride = every_n_steps
         self._bad_in_a_row = 0
-        self._counts: Tensor | None = None
-        self._top_counts: Tensor | None = None
-        self._ever_gradient: set[str] = set()
-        self._gradient_looks = 0
         self._recent: deque = deque(maxlen=1000)
         self._waits: list[float] = []
         self._tally: Tally | None = None
@@ -87,9 +83,9 @@ class Doctor(Callback):
         found, trace.warmup = schedule_findings(trainer, trace)
         self.fixed += found
         self.examined = ["run: optimizer and schedule of the live trainer"]
-        self._movement = movement_probe(pl_module)
+        self._movement = Movement(pl_module)
         self._parameters = [(name, p) for name, p in pl_module.named_parameters() if p.requires_grad]
-        self._label_names = utterances.labels_of(pl_module)
+        self._frames, self._gradients = Frames(utterances.labels_of(pl_module)), Gradients(self._parameters)
         self._listener.open()
         self._begun = time.perf_counter()
         self._batch_ended = None
@@ -129,7 +125,7 @@ class Doctor(Callback):
         self._check_step(trainer, pl_module, norm)
         if self._looks:
             self._movement.before()
-            self._look_at_gradients()
+            self._gradients.look(self.trace)
         self.cost += time.perf_counter() - begin
 
     def on_train_batch_end(self, trainer, pl_module, outputs, batch, batch_idx):
@@ -145,12 +141,12 @@ class Doctor(Callback):
             self._waits.append(self._wait / max(self._wait + begin - self._started, 1e-9))
         step = trainer.global_step
         if self._waits and (len(self._waits) >= 50 or self._looks and len(self._waits) >= self._stride):
-            self._add("wait", step, sorted(self._waits)[len(self._waits) // 2])
+            self.trace.add("wait", step, sorted(self._waits)[len(self._waits) // 2])
             self._waits = []
         self._listener.clear()
         self._batch = self._state = None
         if self._step_taken and step and step % (10 * self.every_n_steps) == 0:
-            self._thin()
+            self.trace.thin()
             self._pace()
             self._announce(trainer)
             if self.stop and trainer.world_size > 1:  # all devices ask at the same steps
@@ -200,7 +196,7 @@ class Doctor(Callback):
         metrics = {key: float(value) for key, value in trainer.callback_metrics.items() if _scalar(value)}
         for key in ("val_loss", "val_wer", "val_cer", "val_blank_rate"):
             if key in metrics:
-                self._add(key, step, metrics[key])
+                self.trace.add(key, step, metrics[key])
         if self._tally is not None and trainer.world_size == 1:
             judged = self._tally.judge(metrics)
             if judged is not None:
@@ -230,9 +226,9 @@ class Doctor(Callback):
         answers = torch.cat([torch.stack([a.to(model.device).float() for a in asked]), torch.stack(numbers)]).tolist()
         flags, (loss, gradient) = answers[: len(asked)], answers[len(asked):]
         if norm is not None or not (flags[0] and flags[1]):
-            self._add("loss", step + 1, loss)
+            self.trace.add("loss", step + 1, loss)
         if norm is not None:
-            self._add("grad_norm", step + 1, gradient)
+            self.trace.add("grad_norm", step + 1, gradient)
             self._last_norm, self._norm_before = gradient, getattr(self, "_last_norm", float("nan"))
         self.trace.loss_unit = "character" if call is not None else "unknown"
         if call is not None and not flags[3]:
@@ -287,50 +283,15 @@ class Doctor(Callback):
                 if len(self.trace.infeasible) < 20:
                     self.trace.infeasible[name] = (int(need[row]), int(room[row]))
 
-    def _look_at_gradients(self) -> None:
-        if self._gradient_looks < 5:
-            present = [(name, p.grad) for name, p in self._parameters if p.grad is not None and name not in self._ever_gradient]
-            if present:
-                some = torch.stack([g.detach().abs().amax() for _, g in present]).tolist()
-                self._ever_gradient |= {name for (name, _), value in zip(present, some) if value != 0}
-            self._gradient_looks += 1
-            if self._gradient_looks == 5:
-                self.trace.still = [name for name, _ in self._parameters if name not in self._ever_gradient]
-                self.trace.still_share = len(self.trace.still) / max(len(self._parameters), 1)
-
     def _look(self, trainer) -> None:
         """Frames, targets and the size of the step, of this batch."""
         step, trace, call = trainer.global_step, self.trace, self._listener.call
         update = self._movement.after()
         if update is not None:
-            self._add("update", step, update)
+            self.trace.add("update", step, update)
         if call is None or (self.trace.bad is not None and not bool(torch.isfinite(call.log_probs).all())):
             return
-        counts = listen.frame_counts(call)
-        seen = listen.target_counts(call)
-        self._counts = seen if self._counts is None else self._counts + seen
-        values, spread = counts.tolist(), float(listen.spread(call))
-        frames = max(sum(values), 1)
-        letters = [value for index, value in enumerate(values) if index != call.blank]
-        others = sum(letters)
-        self._add("blank_rate", step, values[call.blank] / frames)
-        self._add("spread", step, spread)
-        if others >= 0.01 * frames:
-            self._add("letter_rate", step, max(letters) / others)
-            best = max((index for index in range(len(values)) if index != call.blank), key=lambda index: values[index])
-            trace.top_label = self._label(best)
-        self._add("labels_used", step, sum(value > 0 for value in letters))
-        shares = (self._counts.double() / self._counts.sum().clamp(min=1)).tolist()
-        trace.target_share = {self._label(k): share for k, share in enumerate(shares) if share > 0}
-        if trace.utterances_seen >= 8 and (trace.level is None or step % (20 * self._stride) == 0) and self._affordable():
-            level = listen.constant_level(call, self._counts)
-            if level == level:
-                self._add("level", step, level)
-                levels = trace.values("level")
-                trace.level = sorted(levels)[len(levels) // 2]
-
-    def _label(self, index: int) -> str:
-        return self._label_names[index] if index < len(self._label_names) else f"label {index}"
+        self._frames.look(trace, call, step, self._affordable() and step % (20 * self._stride) == 0)
 
     def _end_scan(self) -> None:
         if self._watch is not None:
@@ -342,7 +303,7 @@ class Doctor(Callback):
 
     def _remember_rate(self, trainer) -> None:
         if trainer.optimizers:
-            self._add("lr", trainer.global_step, float(trainer.optimizers[0].param_groups[0]["lr"]))
+            self.trace.add("lr", trainer.global_step, float(trainer.optimizers[0].param_groups[0]["lr"]))
 
     # ---- pace and memory -----------------------------------------------------------------------------------
 
@@ -359,18 +320,6 @@ class Doctor(Callback):
             self._stride = min(self._stride * 2, 50 * self.every_n_steps)
         elif self._stride > self.every_n_steps and self.cost < 0.5 * self.budget * spent:
             self._stride //= 2
-
-    def _add(self, name: str, step: int, value: float) -> None:
-        points: Points = self.trace.series.setdefault(name, [])
-        points.append((step, value))
-
-    def _thin(self) -> None:
-        """Old points of long series in pairs: their means."""
-        for name, points in self.trace.series.items():
-            if len(points) > KEPT:
-                old, new = points[: KEPT // 2], points[KEPT // 2:]
-                old = [((a[0] + b[0]) // 2, (a[1] + b[1]) / 2) for a, b in zip(old[::2], old[1::2])]
-                self.trace.series[name] = old + new
 
     # ---- speaking ------------------------------------------------------------------------------------------
 
@@ -435,6 +384,8 @@ class Doctor(Callback):
         from tools.doctor.html import write
 
         try:
+            if not suffix:
+                self.trace.save(self.folder / "doctor" / "curve.csv")
             report.save(self.folder / "doctor" / f"report{suffix}.json")
             write(report, self.folder / "doctor" / f"report{suffix}.html", self.folder.name,
                   f"step {self.trace.last_step}" + (f" of {self.trace.planned}" if self.trace.planned else ""))

@@ -7,7 +7,35 @@ from dataclasses import replace
 from tools.doctor.finding import Finding
 
 # cause -> what else it makes look wrong. Where both are found, the effect becomes a note that names its cause.
-EFFECTS: dict[str, tuple[str, ...]] = {}
+EFFECTS: dict[str, tuple[str, ...]] = {
+    "batch-leak": ("padding-leak", "norm-padding", "time-scrambled", "train-eval-differ", "length-mismatch", "loss-wrong",
+                   "vanishes"),
+    "softmax-axis": ("not-log-probs", "batch-leak", "padding-leak", "time-scrambled", "loss-wrong", "vanishes", "norm-padding",
+                     "train-eval-differ"),
+    "not-log-probs": ("loss-wrong", "vanishes", "explodes", "train-eval-differ"),
+    "output-constant": ("vanishes", "no-gradient", "time-scrambled", "padding-leak", "train-eval-differ"),
+    "time-scrambled": ("padding-leak", "norm-padding"),
+    "length-mismatch": ("data-target-too-long", "loss-wrong", "length-ignored", "padding-leak"),
+    "length-ignored": ("padding-leak", "norm-padding", "length-mismatch"),
+    "blank-index": ("loss-wrong", "label-order", "tokenizer-vocabulary"),
+    "label-order": ("tokenizer-vocabulary",),
+    "frozen": ("no-gradient", "not-in-optimizer"),
+    "no-gradient": ("vanishes",),
+    "explodes": ("vanishes", "time-scrambled", "padding-leak", "train-eval-differ", "batch-leak", "output-constant",
+                 "norm-padding", "loss-wrong", "no-gradient"),
+    "features-bad": ("norm-padding", "explodes", "vanishes"),
+    "data-silence": ("features-bad", "data-scale"),
+    "data-scale": ("features-bad",),
+    "data-upper-case": ("tokenizer-vocabulary", "data-characters", "data-empty-text"),
+    "data-mismatched-text": ("data-target-too-long",),
+    "data-duration-wrong": ("data-target-too-long", "data-mismatched-text"),
+    "data-missing-audio": ("data-duration-wrong",),
+    "data-characters": ("tokenizer-vocabulary",),
+    "lr-zero": ("warmup-missing",),
+    "lr-too-high": ("warmup-missing", "run-nan", "run-diverged"),
+    "schedule-per-epoch": ("lr-too-low",),
+    "warmup-too-long": ("lr-too-low",),
+}
 
 
 def name_causes(findings: list[Finding]) -> list[Finding]:

@@ -160,26 +160,31 @@ def modes_agree(subject):
         steps = trace(probe.model, runs["eval"])
         probe.model.train()
         trained, train_lengths = probe.forward(x, lengths)
+        torch.manual_seed(1)
+        again, _ = probe.forward(x, lengths)
+        by_chance = trained.shape == again.shape and relative(again - trained, trained) > 0.02
+        if by_chance:  # chance of one's own making: what is left of the difference on average?
+            trained = torch.stack([probe.forward(x, lengths)[0] for _ in range(12)]).mean(dim=0)
         train_steps = trace(probe.model, runs["eval"])
     valid = torch.arange(min(evaluated.shape[1], trained.shape[1]), device=x.device)[None] < eval_lengths[:, None]
     if trained.shape != evaluated.shape or not torch.equal(eval_lengths, train_lengths):
         change = 1.0
     else:
         change = relative((trained - evaluated)[valid], evaluated[valid])
-    if change > 0.1:
+    if change > (0.35 if by_chance else 0.1):
         found = first_difference(steps, train_steps, 0.05)
         name = ("before " if found and found[2] else "") + describe(found[0]) if found else "code between modules"
         yield Finding(
             "train-eval-differ",
-            "prevents" if change > 0.5 else "warning",
+            "prevents" if change > 0.5 and not by_chance else "warning",
             f"With dropout and masks off, and running statistics set to those of the batch, outputs in train and eval mode "
             f"differ by {change:.0%} of their spread.",
             "Something else than dropout depends on the mode: a scale or a branch under `if self.training`, statistics "
             "that are kept wrongly, dropout of one's own. What is learned is not what is used.",
-            {"relative change": change, "first": name},
+            {"relative change": change, "first": name, "chance that could not be switched off": by_chance},
             ["print model.training-dependent code: only dropout, batch statistics and augmentation may differ",
              "dropout of one's own: divide by (1 - p) in training"],
-            0.9,
+            0.6 if by_chance else 0.9,
             where=found[0].name if found else "encoder",
         )
     elif not bool(torch.isfinite(trained).all()):

@@ -6,8 +6,6 @@ import math
 import sys
 from pathlib import Path
 
-import torch
-
 from tools.doctor.autopsy import Output
 from tools.doctor.finding import Finding, Plot, Report
 from tools.doctor.trace import Trace
@@ -90,30 +88,6 @@ def schedule_findings(trainer, trace: Trace) -> tuple[list[Finding], int | None]
                 {"learning rate": rate}, [f"{trace.key('model.optim.sched.name')}=CosineAnnealing with warmup_steps of a tenth "
                                           "of the run"], 0.6, where=trace.key("model.optim.sched")))
     return found, int(warmup) if warmup else None
-
-
-class movement_probe:
-    """How far one optimizer step moves the weights, relative to their size: the median over a few matrices."""
-
-    def __init__(self, model, count: int = 6, most: int = 1_000_000):
-        matrices = [p for p in model.parameters() if p.requires_grad and p.dim() >= 2 and 64 <= p.numel() <= most]
-        step = max(len(matrices) // count, 1)
-        self.parameters = matrices[::step][:count]
-        self.held: list | None = None
-
-    def before(self) -> None:
-        self.held = [p.detach().clone() for p in self.parameters]
-
-    @torch.no_grad()
-    def after(self) -> float | None:
-        """Median of |change| / |weights| since `before`; None without it."""
-        if not self.held:
-            return None
-        held, self.held = self.held, None
-        sizes = torch.stack([torch.stack([(p - old).float().norm(), old.float().norm()])
-                             for p, old in zip(self.parameters, held)]).tolist()
-        ratios = sorted(moved / size for moved, size in sizes if size > 1e-6)  # not those that start at 0
-        return ratios[len(ratios) // 2] if ratios else None
 
 
 def scanned(outputs: list[Output], trace: Trace) -> list[Finding]:

@@ -23,7 +23,7 @@ GROWTH = 20.0  # an output so much larger in its last frames than in its first g
 
 
 def non_finite(trace: Trace) -> list[Finding]:
-    """The finding for a run that became NaN or infinite, the cause first; empty for one that did not."""
+    """Where the run became NaN or infinite, by its cause."""
     bad = trace.bad or _from_curve(trace)
     if bad is None:
         return []

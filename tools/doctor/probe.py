@@ -14,7 +14,10 @@ from typing import Any
 import numpy as np
 import torch
 from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
 
+DROPOUTS = {"dropout", "dropout_", "dropout1d", "dropout2d", "dropout3d", "alpha_dropout", "alpha_dropout_",
+            "feature_dropout", "feature_dropout_", "feature_alpha_dropout"}
 SPEECH_FRAMES = (190, 320, 250, 280)  # of made-up items, when there is no audio: lengths differ on purpose
 
 
@@ -201,7 +204,8 @@ class Probe:
                 if calibrate and not train and any("running_mean" in name for name, _ in self.model.named_buffers()):
                     self.calibrate()
                 self.model.train(train)
-                yield
+                with NoDropout():
+                    yield
             finally:
                 for call in undo:
                     call()
@@ -226,6 +230,19 @@ class Probe:
 
     def label_names(self, indices: list[int]) -> str:
         return " ".join(self.vocabulary[i] if i < len(self.vocabulary) else f"<{i}>" for i in indices)
+
+
+class NoDropout(TorchFunctionMode):
+    """Calls of torch.nn.functional's dropouts return their input; attention is asked for none."""
+
+    def __torch_function__(self, function, types, args=(), kwargs=None):
+        kwargs = dict(kwargs or {})
+        if getattr(function, "__name__", "") in DROPOUTS:
+            return kwargs.get("input", args[0] if args else None)
+        if function is nn.functional.scaled_dot_product_attention:
+            kwargs.pop("dropout_p", None)
+            args = (*args[:4], 0.0, *args[5:]) if len(args) > 4 else args
+        return function(*args, **kwargs)
 
 
 def without_chance(model: nn.Module) -> list:

@@ -24,7 +24,7 @@ HIDDEN_WARNING, HIDDEN_STOPS = 0.001, 0.3  # share of utterances whose loss is i
 
 
 def learning_rate(trace: Trace) -> list[Finding]:
-    """A learning rate of zero, too low, too high, or still in its warm-up when the run is over."""
+    """Learning rate of zero, too low, too high, or never out of its warm-up."""
     rates = [(s, v) for s, v in trace.get("lr") if math.isfinite(v)]
     curve = shape(trace)
     updates = [v for v in trace.values("update") if v >= 0]
@@ -115,7 +115,7 @@ def _lost_to_rate(trace: Trace, curve, rates, plots) -> list[Finding]:
 
 
 def progress(trace: Trace) -> list[Finding]:
-    """Start-up plateau, collapse to blank or to one letter, divergence after learning, or simply early."""
+    """Plateau, collapse to blank or to one letter, divergence, or simply early."""
     curve = shape(trace)
     if curve is None:
         raise NotExamined("fewer than four losses")
@@ -217,7 +217,7 @@ def _diverged(trace: Trace, curve, blank, letter, outputs, plots) -> Finding:
 
 
 def targets(trace: Trace) -> list[Finding]:
-    """Targets that are (nearly) all one label, as they are when the rest of the text was dropped."""
+    """Targets that are nearly all one label."""
     share = trace.target_share
     if not share or sum(share.values()) < 0.5 or trace.utterances_seen < 8:
         return []
@@ -263,7 +263,7 @@ def unmoved(trace: Trace) -> list[Finding]:
     if not trace.still:
         return []
     encoder = [name for name in trace.still if "encoder" in name]
-    heavy = bool(encoder) and getattr(trace, "still_share", 1.0) > 0.5
+    heavy = bool(encoder) and trace.still_share > 0.5
     return [Finding(
         "no-gradient", "prevents" if heavy else "warning",
         f"{len(trace.still)} parameter tensors had no gradient in any step, first {trace.still[0]}.",
@@ -317,7 +317,9 @@ def slow_data(trace: Trace) -> list[Finding]:
 
 
 def normal_band(trace: Trace) -> list[Finding]:
-    """Where the curve lies against healthy runs of the same recipe and corpus: never more than a warning."""
+    """The curve against healthy runs of the same recipe and corpus."""
+    if not trace.recipe or not trace.corpus:
+        raise NotExamined("the run is not of a recipe and corpus of ours")
     return outside(trace)
 
 
@@ -366,13 +368,15 @@ def _once(findings: list[Finding]) -> list[Finding]:
 
 def _register() -> None:
     """Each rule as a check of the registry, on the trace that explain.py reads from the run's folder."""
-    def made(rule):
+    def made(rule, faults):
         def examine_run(subject):
             from tools.doctor.explain import trace_of
 
             trace = trace_of(subject)
             if not trace.series and trace.bad is None and rule is not non_finite:
                 raise NotExamined("no curve in this folder")
+            if rule is non_finite and trace.reported & set(faults):
+                return  # the callback has seen more than the curve shows
             found = rule(trace)
             yield from found
             if _undecided(found):
@@ -383,7 +387,10 @@ def _register() -> None:
         return examine_run
 
     for rule, faults in RULES.items():
-        check("run", faults=faults, needs=("run",))(made(rule))
+        check("run", faults=faults, needs=("run",))(made(rule, faults))
 
 
 _register()
+
+# Further checks of this family: how it ended, the callback's report, the checkpoints.
+from tools.doctor import checkpoints, explain  # noqa: E402, F401

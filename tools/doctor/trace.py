@@ -17,6 +17,8 @@ LETTERS_ONLY = 2.85
 LEARNED = 0.8  # of that level: below it the audio has been used
 RANDOM = 0.93  # above this share of it nothing was learned
 
+KEPT = 2000  # points of a series
+
 Points = list[tuple[int, float]]
 
 
@@ -76,8 +78,10 @@ class Trace:
     infeasible_seen: int = 0
     top_label: str = ""
     target_share: dict[str, float] = field(default_factory=dict)  # label -> share of all targets
-    still: list[str] = field(default_factory=list)  # parameters that never moved or never had a gradient
+    still: list[str] = field(default_factory=list)  # parameters that never had a gradient
+    still_share: float = 0.0  # of all parameters
     settings: object = None  # configs.Settings, or None
+    reported: set[str] = field(default_factory=set)  # ids in the report that the callback left
     messages: list[tuple[str, str]] = field(default_factory=list)  # (where, line) of logs that matter
 
     def get(self, name: str) -> Points:
@@ -90,6 +94,31 @@ class Trace:
             return []
         begin = points[0][0] + since * (points[-1][0] - points[0][0])
         return [value for step, value in points if step >= begin and math.isfinite(value)]
+
+    def add(self, name: str, step: int, value: float) -> None:
+        """One more point."""
+        self.series.setdefault(name, []).append((step, value))
+
+    def thin(self) -> None:
+        """Old points of long series in pairs, as their means."""
+        for name, points in self.series.items():
+            if len(points) > KEPT:
+                old, new = points[: KEPT // 2], points[KEPT // 2:]
+                old = [((a[0] + b[0]) // 2, (a[1] + b[1]) / 2) for a, b in zip(old[::2], old[1::2])]
+                self.series[name] = old + new
+
+    def save(self, path) -> None:
+        """All series as a CSV, a row a step; explain reads it again."""
+        from manifests.schema import write_atomic
+
+        rows: dict[int, dict[str, float]] = {}
+        for name, points in self.series.items():
+            for step, value in points:
+                rows.setdefault(step, {})[name] = value
+        names = list(self.series)
+        lines = [",".join(["step", *names])]
+        lines += [",".join([str(step), *(f"{row[n]:.6g}" if n in row else "" for n in names)]) for step, row in sorted(rows.items())]
+        write_atomic(path, ("\n".join(lines) + "\n").encode())
 
     @property
     def last_step(self) -> int:
@@ -142,6 +171,9 @@ def shape(trace: Trace) -> Shape | None:
     finite = [(s, v) for s, v in trace.get("loss") if math.isfinite(v)]
     if len(finite) < 4:
         return None
+    if len(finite) > 800:  # medians of stretches say the same
+        width = len(finite) // 400
+        finite = [(part[-1][0], median(v for _, v in part)) for part in (finite[k: k + width] for k in range(0, len(finite), width))]
     line = smooth(finite)
     level = trace.level
     if level is None and trace.loss_unit == "character":

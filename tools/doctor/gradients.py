@@ -1,0 +1,184 @@
+"""Do all parameters get a gradient, are they trainable, are they in the optimizer?"""
+
+from __future__ import annotations
+
+import torch
+
+from tools.doctor.finding import Finding
+from tools.doctor.loss import call_loss, run_training_step
+from tools.doctor.registry import NotExamined, check
+
+
+def backward(probe) -> tuple[dict[str, float], str]:
+    """Parameter name -> root mean square of its gradient after one training step (-1: none), and whose loss it was.
+
+    Call it inside `ready(train=True)`. Raises NotExamined where there is no finite loss.
+    """
+    step = run_training_step(probe)
+    loss, source = step.loss, "training_step"
+    if loss is None or not loss.requires_grad:
+        if loss is not None:
+            return {name: -1.0 for name, p in probe.model.named_parameters() if p.requires_grad}, source
+        x, lengths = probe.features()
+        out, frames = probe.forward(x, lengths)
+        targets = torch.ones(len(x), 2, dtype=torch.long, device=x.device)
+        targets[:, 1] = 2
+        loss, source = call_loss(probe.model, out, targets, frames, torch.full_like(frames, 2)), "forward and loss"
+    if not bool(torch.isfinite(loss.detach())):
+        raise NotExamined(f"the loss of the probe's batch is {float(loss.detach())}")
+    loss.backward()
+    return {name: -1.0 if p.grad is None else float(p.grad.double().square().mean().sqrt())
+            for name, p in probe.model.named_parameters() if p.requires_grad}, source
+
+
+def parts(names: list[str]) -> list[str]:
+    """Names of parameters gathered into the modules that they fill, for messages."""
+    return list(dict.fromkeys(name.rpartition(".")[0] or name for name in names))
+
+
+@check("gradients", faults=("no-gradient",), needs=("model",))
+def gradients_arrive(subject):
+    """Every trainable parameter gets a gradient."""
+    probe = subject.probe
+    sizes = {name: p.numel() for name, p in probe.model.named_parameters() if p.requires_grad}
+    if not sizes:
+        raise NotExamined("no parameter is trainable")
+    with probe.ready(train=True):
+        gradients, source = backward(probe)
+    without = [name for name, size in gradients.items() if size <= 0.0]
+    if not without:
+        return
+    none = [name for name in without if gradients[name] < 0]
+    share = sum(sizes[name] for name in without) / sum(sizes.values())
+    whole = len(without) == len(sizes)
+    encoder = [name for name in sizes if name.startswith("encoder.")]
+    no_encoder = bool(encoder) and all(name in without for name in encoder)
+    order = list(sizes)
+    after = [name for name in order[order.index(without[-1]) + 1 :] if name not in without]
+    if whole:
+        cause = "The loss is not connected to the parameters: it was detached, or computed under torch.no_grad()."
+    elif len(none) == len(without) and order[: len(without)] == without and after:
+        cause = (f"The graph is cut between {parts(without)[-1]} and {parts(after)[0]}: .detach(), .data, .item(), "
+                 "torch.no_grad() or numpy stands between them. All before the cut stays as initialised.")
+    elif none:
+        cause = "These modules are built but their result is not used, or it is detached."
+    else:
+        cause = ("Their gradient is exactly 0: what they compute is multiplied by 0, or the activation behind them is 0 "
+                 "everywhere (dead ReLU).")
+    yield Finding(
+        "no-gradient",
+        "prevents" if whole or no_encoder or share > 0.2 else "warning",
+        f"{len(without)} of {len(sizes)} trainable parameter tensors ({share:.0%} of all values) get no gradient from a "
+        f"training step: {', '.join(parts(without)[:6])}{' ...' if len(parts(without)) > 6 else ''}.",
+        cause,
+        {"tensors": len(without), "of": len(sizes), "share of values": round(share, 4), "modules": parts(without)[:20],
+         "not reached": len(none), "exactly 0": len(without) - len(none), "loss of": source},
+        ["remove the detach or no_grad on the way from there to the loss; if the module is meant to be unused, do not "
+         "build it (DDP stops at unused parameters)"],
+        0.97 if none else 0.85,
+        where=without[0] if not after else parts(without)[-1],
+    )
+
+
+@check("gradients", faults=("frozen",), needs=("model",))
+def parameters_are_trainable(subject):
+    """Parameters are trainable."""
+    probe = subject.probe
+    frozen = {n: p.numel() for n, p in probe.model.named_parameters()
+              if not p.requires_grad and not n.startswith("preprocessor.")}
+    total = sum(p.numel() for p in probe.model.parameters())
+    if not frozen:
+        return
+    share = sum(frozen.values()) / max(total, 1)
+    started = subject.settings is not None and any(
+        subject.settings.get(key) for key in ("init_from", "init_from_nemo_model", "init_from_pretrained_model",
+                                              "init_from_ptl_ckpt"))
+    yield Finding(
+        "frozen",
+        "prevents" if share > 0.2 and not started else "warning",
+        f"{len(frozen)} parameter tensors ({share:.0%} of all values) are frozen (requires_grad=False): "
+        f"{', '.join(parts(list(frozen))[:6])}{' ...' if len(parts(list(frozen))) > 6 else ''}.",
+        "encoder.freeze(), a leftover of fine-tuning, or export(), which leaves a model so. Frozen random weights learn "
+        "nothing; frozen trained ones may be meant.",
+        {"tensors": len(frozen), "share of values": round(share, 4), "modules": parts(list(frozen))[:20]},
+        ["model.encoder.unfreeze(), or for p in model.parameters(): p.requires_grad_(True)"],
+        0.95 if not started else 0.5,
+        where=next(iter(frozen)),
+    )
+
+
+def parameter_groups(probe) -> tuple[list[dict], str] | None:
+    """(parameter groups, where from) of the optimizer in place, or of the one that the model would make."""
+    model = probe.model
+    optimizer = getattr(model, "_optimizer", None)
+    if optimizer is None and getattr(model, "_trainer", None) is not None:
+        optimizers = getattr(model._trainer, "optimizers", None)
+        optimizer = optimizers[0] if optimizers else None
+    if getattr(optimizer, "param_groups", None):
+        return optimizer.param_groups, "the model's optimizer"
+    from nemo.core.classes import ModelPT
+
+    own = type(model).configure_optimizers is not getattr(ModelPT, "configure_optimizers", None)
+    if own:
+        try:
+            made = model.configure_optimizers()
+        except Exception as error:  # anybody's code, without a trainer
+            raise NotExamined(f"configure_optimizers does not run outside a trainer ({type(error).__name__})") from None
+        while isinstance(made, (tuple, list)) and made:
+            made = made[0]
+        made = made.get("optimizer") if isinstance(made, dict) else made
+        return (made.param_groups, "configure_optimizers") if hasattr(made, "param_groups") else None
+    if hasattr(model, "setup_optimizer_param_groups"):
+        model.setup_optimizer_param_groups()
+        groups = model._optimizer_param_groups
+        groups = [g if isinstance(g, dict) else {"params": [g]} for g in groups]
+        return [{**g, "params": list(g["params"])} for g in groups], "setup_optimizer_param_groups"
+    return None
+
+
+@check("gradients", faults=("not-in-optimizer", "lr-zero"), needs=("model",))
+def parameters_are_optimised(subject):
+    """Every trainable parameter is in the optimizer, with a learning rate."""
+    from tools.doctor.probe import untouched
+
+    probe = subject.probe
+    with untouched(probe.model):
+        found = parameter_groups(probe)
+        if found is None:
+            raise NotExamined("the model has no optimizer and does not say how to make one")
+        groups, source = found
+        known = {id(p) for group in groups for p in group["params"]}
+        resting = {id(p) for group in groups for p in group["params"]
+                   if group.get("initial_lr", group.get("lr")) is not None
+                   and float(group.get("initial_lr", group.get("lr"))) == 0.0}
+        trainable = {name: p for name, p in probe.model.named_parameters() if p.requires_grad}
+        outside = [name for name, p in trainable.items() if id(p) not in known]
+        still = [name for name, p in trainable.items() if id(p) in resting]
+        total = sum(p.numel() for p in trainable.values())
+        share = sum(trainable[name].numel() for name in outside) / max(total, 1)
+    if outside:
+        yield Finding(
+            "not-in-optimizer",
+            "prevents" if share > 0.1 or any(n.startswith("decoder.") for n in outside) else "warning",
+            f"{len(outside)} of {len(trainable)} trainable parameter tensors ({share:.0%} of all values) are not in the "
+            f"optimizer: {', '.join(parts(outside)[:6])}.",
+            "They get gradients and never move. The optimizer was made from some of the parameters, or before a module "
+            "was replaced (a new decoder after change_vocabulary, say).",
+            {"tensors": len(outside), "of": len(trainable), "share of values": round(share, 4),
+             "modules": parts(outside)[:20], "groups from": source},
+            ["make the optimizer from model.parameters(), after the last change to the model"],
+            0.97,
+            where=outside[0],
+        )
+    if still:
+        yield Finding(
+            "lr-zero",
+            "prevents",
+            f"{len(still)} of {len(trainable)} trainable parameter tensors have a learning rate of 0: "
+            f"{', '.join(parts(still)[:6])}.",
+            "A parameter group was given lr 0: what is in it stays as it was initialised.",
+            {"tensors": len(still), "of": len(trainable), "modules": parts(still)[:20]},
+            ["give the group the recipe's learning rate, or leave its lr out"],
+            0.95,
+            where=still[0],
+        )

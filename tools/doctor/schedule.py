@@ -1,0 +1,452 @@
+"""The schedule and what goes with it, from the configuration alone: learning rate, warm-up, batch, clipping, precision.
+
+Rates are in absolute units: Noam's multiplier is resolved. No torch.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass, field
+
+from omegaconf import DictConfig, ListConfig
+
+from tools.doctor.finding import Finding, Plot
+from tools.doctor.registry import NotExamined, check
+
+# Peak learning rates by optimizer: under the first nothing moves within a usual run, over the second it is unusual, over
+# the third training diverges. Published: AdamW-like 1e-4 to 5e-3 (AlgoPerf), NovoGrad 0.01 to 0.05 (QuartzNet, Citrinet).
+RANGES = {"novograd": (1e-4, 0.2, 1.0), "sgd": (1e-5, 1.0, 10.0), "lion": (3e-6, 3e-3, 0.02), "adafactor": (1e-5, 0.1, 1.0)}
+ADAM_LIKE = (2e-5, 1e-2, 0.05)
+EPOCH_SCHEDULERS = {"ExponentialLR", "ReduceLROnPlateau"}  # NeMo 3.0.0 steps these once an epoch
+
+
+@dataclass
+class Plan:
+    """What a run will do, as far as the configuration and the manifests tell; None for what they do not."""
+
+    name: str = ""  # of the schedule
+    lr: float | None = None  # as written
+    peak: float | None = None  # absolute
+    min_lr: float = 0.0
+    steps: int | None = None
+    schedule_steps: int | None = None
+    warmup: int | None = None
+    steps_a_pass: float | None = None
+    utterances: float | None = None  # in one optimizer step, over devices and accumulation
+    seconds: float | None = None
+    evidence: dict = field(default_factory=dict)
+
+    def rate(self, step: int) -> float:
+        """Learning rate at a step, for the plot and for what is left of the run."""
+        warmup, end = self.warmup or 0, self.schedule_steps or self.steps or 1
+        if self.name.lower().startswith("noam"):
+            t = max(step, 1)
+            scale = min(t**-0.5, t * warmup**-1.5) / warmup**-0.5 if warmup else t**-0.5
+            return max(self.peak * scale, self.min_lr if t > warmup else 0.0)
+        if warmup and step <= warmup:
+            return self.peak * (step + 1) / (warmup + 1)
+        share = min((step - warmup) / max(end - warmup, 1), 1.0)
+        name = self.name.lower()
+        if name.startswith("cosine"):
+            return self.min_lr + (self.peak - self.min_lr) * 0.5 * (1 + math.cos(math.pi * share))
+        if name.startswith(("square", "polynomial", "warmupannealing", "warmupholdanneal")):
+            return self.min_lr + (self.peak - self.min_lr) * (1 - share)
+        return self.peak
+
+
+def plan(subject) -> Plan:
+    """The Plan of the subject's configuration; made once. Raises NotExamined where it says nothing of training."""
+    if hasattr(subject, "_plan"):
+        return subject._plan
+    s = subject.settings
+    if not isinstance(s.get("model.optim"), DictConfig) and s.get("trainer") is None:
+        raise NotExamined("the configuration has neither model.optim nor trainer")
+    p = Plan(name=str(s.get("model.optim.sched.name", "") or ""), lr=s.number("model.optim.lr"))
+    if p.lr is None:
+        p.lr = s.number("model.optim.args.lr")
+    p.min_lr = s.number("model.optim.sched.min_lr", 0.0)
+    devices, accumulate = devices_of(s), int(s.number("trainer.accumulate_grad_batches", 1) or 1)
+    rows = subject.rows.get("train", []) if subject.has("manifests") else []
+    low, high = s.number("model.train_ds.min_duration", 0.0), s.number("model.train_ds.max_duration", math.inf)
+    rows = [row for row in rows if low <= row["duration"] <= high]
+    seconds = sum(row["duration"] for row in rows)
+    mean = seconds / len(rows) if rows else None
+    _batch(s, p, devices, accumulate, mean)
+    if rows:
+        # The last, smaller batch of a pass is a step too.
+        p.steps_a_pass = len(rows) / p.utterances if p.utterances and not p.seconds_first else (
+            seconds / p.seconds if p.seconds else None)
+    _steps(s, p)
+    _warmup(s, p)
+    if p.lr is not None:
+        p.peak = p.lr
+        if p.name.lower().startswith("noam"):
+            width = s.number("model.optim.sched.d_model") or s.number("model.encoder.d_model")
+            if width:
+                p.peak = p.lr * width**-0.5 * max(p.warmup or 0, 1) ** -0.5
+                p.evidence["Noam"] = f"lr {p.lr:g} / sqrt(d_model {width:g}) / sqrt(warm-up {max(p.warmup or 0, 1)})"
+    p.evidence.update({"peak learning rate": p.peak, "as written": p.lr, "schedule": p.name or "none, constant",
+                       "optimizer": s.get("model.optim.name", "-"), "steps": p.steps, "warm-up steps": p.warmup})
+    subject._plan = p
+    return p
+
+
+def devices_of(s) -> int:
+    """Devices over all nodes; 1 where the number is not written down (auto, -1)."""
+    devices = s.get("trainer.devices", 1)
+    if isinstance(devices, (list, ListConfig)):
+        count = len(devices)
+    else:
+        count = int(devices) if str(devices).isdigit() and int(devices) > 0 else 1
+    return count * int(s.number("trainer.num_nodes", 1) or 1)
+
+
+def _batch(s, p: Plan, devices: int, accumulate: int, mean: float | None) -> None:
+    """Effective batch in utterances and in seconds; `seconds_first` where it is given in seconds."""
+    p.seconds_first = True
+    if s.recipe and (seconds := s.number("training.global_batch_seconds")):
+        p.seconds = seconds
+    elif (seconds := s.number("model.train_ds.batch_duration")):
+        p.seconds = seconds * devices * accumulate
+    elif (size := s.number("model.train_ds.batch_size")):
+        p.seconds_first = False
+        p.utterances = size * devices * accumulate
+    if mean:
+        p.utterances = p.utterances or (p.seconds / mean if p.seconds else None)
+        p.seconds = p.seconds or (p.utterances * mean if p.utterances else None)
+    p.devices, p.accumulate = devices, accumulate
+
+
+def _steps(s, p: Plan) -> None:
+    steps, epochs = s.number("trainer.max_steps", -1), s.number("trainer.max_epochs", -1)
+    if steps and steps > 0:
+        p.steps = int(steps)
+    elif p.steps_a_pass:
+        passes = s.number("training.epochs") if s.recipe else epochs
+        if passes and passes > 0:
+            p.steps = max(int(max(p.steps_a_pass, 1) * passes), 1)
+    own = s.number("model.optim.sched.max_steps")
+    # NeMo puts the trainer's max_steps in place of the schedule's own where the trainer has one.
+    p.schedule_steps = int(own) if own and own > 0 and not (steps and steps > 0) else p.steps
+    p.own_steps = int(own) if own and own > 0 else None
+
+
+def _warmup(s, p: Plan) -> None:
+    steps, ratio = s.number("model.optim.sched.warmup_steps"), s.number("model.optim.sched.warmup_ratio")
+    if steps is None and s.recipe:
+        ratio = s.number("training.warmup_share")
+    if steps is not None:
+        p.warmup = int(steps)
+    elif ratio is not None and p.schedule_steps:
+        p.warmup = int(ratio * p.schedule_steps)
+    elif ratio is None:
+        p.warmup = 0
+
+
+def lr_plot(p: Plan) -> list[Plot]:
+    """The learning rate over the run."""
+    if not p.peak or not p.steps:
+        return []
+    steps = [i * p.steps // 200 for i in range(201)]
+    return [Plot("Learning rate", "step", "learning rate", {"planned": (steps, [p.rate(i) for i in steps])})]
+
+
+def lr_range(s) -> tuple[float, float, float]:
+    name = str(s.get("model.optim.name", "adamw") or s.get("model.optim._target_", "adamw")).lower()
+    return next((limits for key, limits in RANGES.items() if key in name), ADAM_LIKE)
+
+
+@check("schedule", faults=("lr-zero", "lr-too-low", "lr-too-high"), needs=("config",))
+def peak_rate(subject):
+    """The peak learning rate is one that trains."""
+    s, p = subject.settings, plan(subject)
+    if p.peak is None:
+        raise NotExamined("no learning rate is given")
+    low, high, far = lr_range(s)
+    key = s.key("model.optim.lr")
+    noam = p.name.lower().startswith("noam")
+    unit = (lambda lr: f"{lr * p.lr / p.peak:.3g}") if noam and p.peak > 0 else (lambda lr: f"{lr:g}")
+    started = s.get("init_from") or s.get("init_from_nemo_model") or s.get("init_from_pretrained_model")
+    common = dict(evidence={**p.evidence, "usual": f"{low:g} to {high:g}"}, where=key, plots=lr_plot(p))
+    if p.peak <= 0:
+        yield Finding("lr-zero", "prevents", f"The learning rate is {p.lr:g}.", "Nothing moves.", confidence=1.0,
+                      fix=[f"{key}={unit(1e-3) if p.peak > 0 else '1e-3'}"], **common)
+    elif p.peak > high:
+        yield Finding(
+            "lr-too-high", "prevents" if p.peak >= far else "warning",
+            f"The learning rate peaks at {p.peak:.3g}" + (f" (the multiplier {p.lr:g} resolved)" if noam else "")
+            + f"; with this optimizer recipes that train stay under {high:g}.",
+            "Steps overshoot: the loss jumps, goes to infinity or stays where letters are as frequent as they are. "
+            + ("A multiplier of Noam's schedule was given to another schedule." if p.lr >= 0.5 and not noam else
+               "With a short warm-up Noam's multiplier means a high rate." if noam else ""),
+            confidence=0.95 if p.peak >= far else 0.7, fix=[f"{key}={unit(min(high / 5, 2e-3) if high <= 0.01 else high / 10)}"],
+            **common)
+    elif p.peak < low and not started:
+        yield Finding(
+            "lr-too-low", "prevents" if p.peak < low / 10 else "warning",
+            f"The learning rate peaks at {p.peak:.3g}" + (f" (the multiplier {p.lr:g} resolved)" if noam else "")
+            + f"; from scratch, recipes that train use {low:g} or more.",
+            "The model stays on its start-up plateau of blanks for longer than the run. "
+            + ("Noam's schedule divides by the roots of d_model and warm-up: an absolute rate was given for its "
+               "multiplier." if noam else ""),
+            confidence=0.95 if p.peak < low / 10 else 0.7, fix=[f"{key}={unit(1e-3)}"], **common)
+    elif p.steps and p.schedule_steps and p.schedule_steps < 0.5 * p.steps:
+        yield Finding(
+            "lr-too-low", "prevents" if p.schedule_steps < 0.1 * p.steps else "warning",
+            f"The schedule ends at step {p.schedule_steps}, the run at {p.steps}: for "
+            f"{1 - p.schedule_steps / p.steps:.0%} of the run the rate is {p.rate(p.steps):.2g}.",
+            "The schedule's own max_steps is not the run's (epochs were given for steps, or a value was left from another "
+            "run).", confidence=0.9, fix=[f"{s.key('model.optim.sched.max_steps')}={p.steps}, or leave it out"], **common)
+
+
+@check("schedule", faults=("warmup-too-long", "warmup-missing"), needs=("config",))
+def warm_up(subject):
+    """The warm-up is there and ends well before the run does."""
+    s, p = subject.settings, plan(subject)
+    if p.peak is None or p.warmup is None:
+        raise NotExamined("no learning rate or no length of the warm-up is known")
+    key = s.key("model.optim.sched.warmup_steps")
+    fix = [f"training.warmup_share=0.1" if s.recipe else f"{key}={max((p.steps or 10000) // 10, 1)}"]
+    if p.warmup > 0 and p.steps and p.warmup >= 0.5 * p.steps:
+        reached = min(p.steps / p.warmup, 1.0) * p.peak
+        yield Finding(
+            "warmup-too-long", "prevents" if p.warmup >= 2 * p.steps else "warning",
+            f"The warm-up takes {p.warmup} of the run's {p.steps} steps: the learning rate gets to {reached:.2g} of "
+            f"{p.peak:.2g}.",
+            "The rate rises for most of the run, or never arrives: the value comes from a longer run.", p.evidence, fix,
+            0.95 if p.warmup >= p.steps else 0.8, where=key, plots=lr_plot(p))
+    elif p.warmup <= 0 and p.peak > 3e-4:
+        attention = any(word in str(s.get("model.encoder._target_", "")).lower() for word in ("former", "attention"))
+        yield Finding(
+            "warmup-missing", "warning" if attention or p.peak > 2e-3 else "note",
+            f"There is no warm-up: the first step is made at {p.peak:.2g}.",
+            "Adam's first steps are as large as its rate, whatever the gradient. Attention in particular collapses in "
+            "them and does not come back.", p.evidence, fix, 0.85 if attention else 0.6, where=key, plots=lr_plot(p))
+
+
+@check("schedule", faults=("schedule-per-epoch",), needs=("config",))
+def schedule_steps(subject):
+    """The schedule is stepped once an optimizer step."""
+    s, p = subject.settings, plan(subject)
+    cause = ("A schedule that is made for steps and stepped once an epoch hardly moves: the warm-up lasts as many epochs "
+             "as it has steps, and the rate stays near 0.")
+    fix = ["return {'optimizer': optimizer, 'lr_scheduler': {'scheduler': scheduler, 'interval': 'step'}} from "
+           "configure_optimizers"]
+    interval = s.get("model.optim.sched.interval")
+    live = _live_interval(subject)
+    if live == "epoch" or interval == "epoch":
+        yield Finding(
+            "schedule-per-epoch", "prevents" if (p.warmup or 0) > 20 else "warning",
+            "The learning-rate schedule is stepped once an epoch"
+            + (f", its warm-up is {p.warmup} steps." if p.warmup else "."), cause,
+            {**p.evidence, "interval": live or interval}, fix, 0.95, where="configure_optimizers" if live else
+            s.key("model.optim.sched.interval"))
+    elif p.name in EPOCH_SCHEDULERS and p.steps_a_pass and p.steps and p.steps < 3 * p.steps_a_pass:
+        yield Finding(
+            "schedule-per-epoch", "warning", f"{p.name} is stepped once an epoch, and the run has "
+            f"{p.steps / p.steps_a_pass:.1f} of them.", cause, p.evidence,
+            ["model.optim.sched.name=CosineAnnealing, which is stepped every step"], 0.8,
+            where=s.key("model.optim.sched.name"))
+
+
+def _live_interval(subject) -> str | None:
+    """How often a live model's own configure_optimizers has its schedule stepped; None for NeMo's, or unknown."""
+    if not subject.has("model"):
+        return None
+    from nemo.core.classes import ModelPT
+
+    from tools.doctor.probe import untouched
+
+    model = subject.model
+    if type(model).configure_optimizers is ModelPT.configure_optimizers:
+        return None
+    trainer = getattr(model, "_trainer", None)
+    found = getattr(trainer, "lr_scheduler_configs", None) or []
+    if found:
+        return found[0].interval
+    try:
+        with untouched(model):
+            made = model.configure_optimizers()
+    except Exception:  # anybody's code, without a trainer
+        return None
+    schedule = made.get("lr_scheduler") if isinstance(made, dict) else made[1] if isinstance(made, tuple) and len(made) == 2 \
+        else None
+    schedule = schedule[0] if isinstance(schedule, (list, tuple)) and schedule else schedule
+    if schedule is None:
+        return None
+    return schedule.get("interval", "epoch") if isinstance(schedule, dict) else "epoch"  # Lightning's default
+
+
+@check("schedule", faults=("batch-size",), needs=("config",))
+def effective_batch(subject):
+    """The effective batch is near the recipe's."""
+    s, p = subject.settings, plan(subject)
+    if p.utterances is None and p.seconds is None:
+        raise NotExamined("no size of the batch is given")
+    key = "training.global_batch_seconds" if s.recipe else s.key("model.train_ds.batch_size")
+    evidence = {"utterances a step": p.utterances, "seconds of audio a step": p.seconds, "devices": p.devices,
+                "accumulated batches": p.accumulate, "steps a pass over the data": p.steps_a_pass}
+    usual = _recipe_batch(s) if s.recipe else None
+    if usual:
+        evidence["the recipe's seconds"] = usual
+        if not 0.25 <= p.seconds / usual <= 4:
+            yield Finding(
+                "batch-size", "warning",
+                f"A step sees {p.seconds:g} s of audio, the recipe's {usual:g} s were tuned with its learning rate.",
+                "With a batch many times smaller gradients are noise at this rate; with one many times larger there are too "
+                "few steps.", evidence, [f"{key}={usual:g}, or scale the learning rate with the square root of the batch"],
+                0.8, where=key)
+            return
+    if (p.utterances is not None and p.utterances < 4) or (p.utterances is None and p.seconds < 8):
+        yield Finding(
+            "batch-size", "warning",
+            f"A step sees {p.utterances:.1f} utterances over all devices and accumulated batches."
+            if p.utterances is not None else f"A step sees {p.seconds:g} s of audio.",
+            "The gradient of so few utterances is mostly noise: from scratch the model stays with blanks, and batch "
+            "normalisation has next to no statistics.", evidence,
+            ["trainer.accumulate_grad_batches=8, or a larger model.train_ds.batch_size"], 0.8, where=key)
+    elif p.steps_a_pass is not None and p.steps_a_pass < 8 and p.steps is not None and p.steps < 600:
+        yield Finding(
+            "batch-size", "warning",
+            f"The batch of {p.utterances:.0f} utterances makes {p.steps_a_pass:.1f} steps of a pass over the data, "
+            f"{p.steps} in the whole run.",
+            "CTC from scratch needs hundreds to thousands of steps to leave its plateau of blanks; a large batch on a small "
+            "corpus has too few.", evidence, ["a smaller batch, or more epochs"], 0.7, where=key)
+
+
+def _recipe_batch(s) -> float | None:
+    """Seconds of the global batch in the corpus's own YAML."""
+    from recipes.config import CONF
+
+    path = CONF / "corpus" / f"{s.get('corpus.name', '')}.yaml"
+    if not path.is_file():
+        return None
+    import yaml
+
+    value = yaml.safe_load(path.read_text()).get("global_batch_seconds")
+    return float(value) if value else None
+
+
+@check("schedule", faults=("clip-missing", "clip-too-low"), needs=("config",))
+def clipping(subject):
+    """Gradients are clipped, at a limit that lets them move, by a name that is read."""
+    s = subject.settings
+    trainer = s.get("trainer")
+    stray = {key: value for key, value in _walk(s.cfg) if "clip" in key.rpartition(".")[2].lower() and "grad" in key.lower()
+             and key not in ("trainer.gradient_clip_val", "trainer.gradient_clip_algorithm") and value is not None
+             or key.rpartition(".")[2] in ("clip", "max_norm", "max_grad_norm", "clip_norm")
+             and not key.startswith(("model.encoder", "model.decoder"))}
+    value = s.number("trainer.gradient_clip_val")
+    optimizer = str(s.get("model.optim.name", "adamw")).lower()
+    if stray and not value:
+        yield Finding(
+            "clip-missing", "warning",
+            f"A limit for gradients is set as {', '.join(f'{k}={v}' for k, v in stray.items())}, a name that nothing reads.",
+            "Lightning reads trainer.gradient_clip_val alone: gradients are not clipped.", {"read by nothing": stray},
+            [f"trainer.gradient_clip_val={next(iter(stray.values()))}"], 0.95, where=next(iter(stray)))
+        return
+    if trainer is None:
+        raise NotExamined("there is no trainer section")
+    if not value:
+        target = str(s.get("model.encoder._target_", "")).lower()
+        recurrent = any(word in target for word in ("rnn", "lstm", "gru", "deepspeech"))
+        yield Finding(
+            "clip-missing", "warning" if recurrent else "note",
+            "Gradients are not clipped (trainer.gradient_clip_val is not set).",
+            "CTC gives a few utterances gradients a hundred times the usual; recurrent networks throw what they have learned "
+            "away in one such step.", {"trainer.gradient_clip_val": value},
+            ["trainer.gradient_clip_val=1.0"], 0.7 if recurrent else 0.4, where="trainer.gradient_clip_val")
+    elif value < 0:
+        yield Finding("clip-missing", "warning", f"trainer.gradient_clip_val={value:g} clips nothing.",
+                      "A negative limit turns gradients round or is ignored.", {"value": value},
+                      ["trainer.gradient_clip_val=1.0"], 0.9, where="trainer.gradient_clip_val")
+    elif value < 0.02:
+        plain = optimizer in ("sgd",)
+        yield Finding(
+            "clip-too-low", "prevents" if value < 1e-4 or plain else "warning",
+            f"Gradients are clipped to a norm of {value:g}; CTC models have norms of 1 to 100 while they train.",
+            "Every step is cut to next to nothing. With plain SGD nothing moves at all; Adam divides the scale out again, "
+            "until its epsilon is larger than what is left.", {"limit": value, "optimizer": optimizer},
+            ["trainer.gradient_clip_val=1.0"], 0.9, where="trainer.gradient_clip_val")
+
+
+def _walk(node, prefix: str = ""):
+    """(dotted key, value) of all that is not a section."""
+    for key in node:
+        path = f"{prefix}.{key}" if prefix else str(key)
+        try:
+            value = node[key]
+        except Exception:  # missing or unresolved
+            continue
+        if isinstance(value, DictConfig):
+            yield from _walk(value, path)
+        elif isinstance(value, ListConfig):
+            for i, item in enumerate(value):
+                if isinstance(item, DictConfig):
+                    yield from _walk(item, f"{path}[{i}]")
+        else:
+            yield path, value
+
+
+@check("schedule", faults=("dropout-range", "weight-decay-range"), needs=("config",))
+def regularisation(subject):
+    """Dropout and weight decay are within reason."""
+    s, p = subject.settings, None
+    rates = {key: float(value) for key, value in _walk(s.cfg) if key.startswith("model.")
+             and ("dropout" in key.rpartition(".")[2] or key.endswith("drop_prob"))
+             and isinstance(value, (int, float)) and not isinstance(value, bool)}
+    high = {key: value for key, value in rates.items() if value > 0.5 or value < 0}
+    if high:
+        worst = max(high, key=lambda key: abs(high[key]))
+        yield Finding(
+            "dropout-range", "prevents" if abs(high[worst]) >= 0.8 or high[worst] < 0 else "warning",
+            f"{s.key(worst)} is {high[worst]:g}; recipes that train use 0 to 0.3.",
+            "Most of every layer's output is set to 0 in training: a fresh model gets no usable signal through several such "
+            "layers and stays with blanks.", {s.key(key): value for key, value in high.items()},
+            [f"{s.key(worst)}=0.1"], 0.9, where=s.key(worst))
+    decay = s.number("model.optim.weight_decay")
+    if decay is None:
+        return
+    name = str(s.get("model.optim.name", "adamw")).lower()
+    try:
+        p = plan(subject)
+    except NotExamined:
+        p = None
+    coupled = name in ("adam", "sgd", "adamax", "radam", "rmsprop", "adagrad")
+    limit = 0.01 if coupled else 0.2
+    # What decay alone leaves of a weight by the end of the run.
+    left = None
+    if p is not None and p.peak and p.steps and not coupled:
+        left = math.exp(-decay * 0.5 * p.peak * p.steps)
+    if decay < 0 or decay > limit:
+        yield Finding(
+            "weight-decay-range", "prevents" if decay < 0 or decay > 5 * limit else "warning",
+            f"{s.key('model.optim.weight_decay')} is {decay:g}; with {name}, recipes that train use "
+            f"{'0 to 0.001' if coupled else '0 to 0.1'}.",
+            "Weights are drawn to 0 faster than gradients can build them up." if decay > 0 else
+            "A negative decay lets weights grow without limit.",
+            {"weight decay": decay, "optimizer": name, "left of a weight by decay alone": left},
+            [f"{s.key('model.optim.weight_decay')}={'1e-4' if coupled else '1e-2'}"], 0.85,
+            where=s.key("model.optim.weight_decay"))
+
+
+@check("schedule", faults=("precision-overflow",), needs=("config",))
+def precision(subject):
+    """Numbers are wide enough."""
+    s = subject.settings
+    value = str(s.get("trainer.precision", "32"))
+    cpu = s.get("trainer.accelerator") == "cpu"
+    half = value in ("16", "16-true", "16-mixed", "half")
+    if not half and value != "bf16-true":
+        return
+    true = value.endswith("true")
+    yield Finding(
+        "precision-overflow", "prevents" if value == "16-true" or half and cpu else "warning",
+        f"trainer.precision={value}" + (" on a CPU." if cpu else "."),
+        ("float16 holds numbers up to 65504 and down to 6e-8: sums over hundreds of frames of CTC, attention scores and "
+         "small gradients fall outside, and the loss is infinite or NaN." if half else
+         "bfloat16 keeps 8 bits of a number: with weights in it, most updates are rounded away.")
+        + (" Weights and optimizer state are kept in it too." if true else ""),
+        {"precision": value, "accelerator": s.get("trainer.accelerator", "-")},
+        ["trainer.precision=bf16-mixed, or 32; compute the CTC loss in float32 (log_probs.float())"],
+        0.9 if true or cpu else 0.6, where="trainer.precision")
