@@ -13,7 +13,7 @@ EFFECTS: dict[str, tuple[str, ...]] = {
     "softmax-axis": ("not-log-probs", "batch-leak", "padding-leak", "time-scrambled", "loss-wrong", "vanishes", "norm-padding",
                      "train-eval-differ"),
     "not-log-probs": ("loss-wrong", "vanishes", "explodes", "train-eval-differ"),
-    "output-constant": ("vanishes", "no-gradient", "time-scrambled", "padding-leak", "train-eval-differ"),
+    "output-constant": ("not-log-probs", "vanishes", "no-gradient", "time-scrambled", "padding-leak", "train-eval-differ"),
     "time-scrambled": ("padding-leak", "norm-padding"),
     "length-mismatch": ("data-target-too-long", "loss-wrong", "length-ignored", "padding-leak"),
     "length-ignored": ("padding-leak", "norm-padding", "length-mismatch"),
@@ -41,9 +41,11 @@ EFFECTS: dict[str, tuple[str, ...]] = {
 def name_causes(findings: list[Finding]) -> list[Finding]:
     """Findings with the effects of other findings turned into notes, causes first; order is kept otherwise."""
     stopping = {finding.id for finding in findings if finding.weight == "prevents"}
+    # Of two that cause each other by this table none is the first: both stay.
+    first = {id for id in stopping if not any(id in EFFECTS.get(other, ()) for other in stopping - {id})}
     out = []
     for finding in findings:
-        causes = [cause for cause in stopping if cause != finding.id and finding.id in EFFECTS.get(cause, ())]
+        causes = [cause for cause in first if cause != finding.id and finding.id in EFFECTS.get(cause, ())]
         if causes and finding.weight != "note":
             symptom = f"{finding.symptom} This follows from {', '.join(sorted(causes))}: mend that first."
             finding = replace(finding, weight="note", symptom=symptom)

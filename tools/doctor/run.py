@@ -39,6 +39,8 @@ def learning_rate(trace: Trace) -> list[Finding]:
     learned = curve is not None and curve.learned and not curve.lost
     if learned:
         return []
+    if not rates and not updates:
+        raise NotExamined("no learning rate in these logs")
     peak = max((v for _, v in rates), default=None)
     share = trace.last_step / trace.planned if trace.planned else None
     if trace.warmup and trace.planned and trace.warmup >= 0.7 * trace.planned and trace.last_step > 2:
@@ -119,6 +121,8 @@ def progress(trace: Trace) -> list[Finding]:
     curve = shape(trace)
     if curve is None:
         raise NotExamined("fewer than four losses")
+    if curve.learned is None:
+        raise NotExamined("the loss has an unknown unit, and no error rate is logged: its plateau cannot be told")
     blank, letter = _late(trace, "blank_rate"), _late(trace, "letter_rate")
     plots = _progress_plots(trace)
     outputs = {"loss at the end": curve.last, "level of letters alone": curve.level, "last step": curve.last_step}
@@ -175,7 +179,12 @@ def progress(trace: Trace) -> list[Finding]:
 
 def causes_of(trace: Trace) -> list[str]:
     """Ids of the causes that other rules name for a run that does not learn."""
-    found = [*non_finite(trace), *learning_rate(trace), *targets(trace), *hidden_losses(trace), *unmoved(trace)]
+    found: list[Finding] = []
+    for rule in (non_finite, learning_rate, targets, hidden_losses, unmoved):
+        try:
+            found += rule(trace)
+        except NotExamined:
+            continue
     return list(dict.fromkeys(f.id for f in found if f.weight == "prevents" and not f.id.startswith("run-")))
 
 
@@ -219,8 +228,8 @@ def _diverged(trace: Trace, curve, blank, letter, outputs, plots) -> Finding:
 def targets(trace: Trace) -> list[Finding]:
     """Targets that are nearly all one label."""
     share = trace.target_share
-    if not share or sum(share.values()) < 0.5 or trace.utterances_seen < 8:
-        return []
+    if not share or trace.utterances_seen < 8:
+        raise NotExamined("the targets were not seen")
     label, most = max(share.items(), key=lambda item: item[1])
     if most < 0.6 or len(share) > 200:
         return []
@@ -239,6 +248,8 @@ def targets(trace: Trace) -> list[Finding]:
 
 def hidden_losses(trace: Trace) -> list[Finding]:
     """Infinite losses that zero_infinity turns into zeros."""
+    if not trace.utterances_seen and not trace.infeasible_seen and "infeasible" not in trace.series:
+        raise NotExamined("nothing counts infinite losses in these logs")
     count = max(trace.infeasible_seen, int(max(trace.values("infeasible"), default=0)))
     if not count or trace.zero_infinity is False:
         return []
@@ -260,6 +271,8 @@ def hidden_losses(trace: Trace) -> list[Finding]:
 
 def unmoved(trace: Trace) -> list[Finding]:
     """Parameters without gradient, or that no step has moved."""
+    if trace.still is None:
+        raise NotExamined("the gradients were not seen")
     if not trace.still:
         return []
     encoder = [name for name in trace.still if "encoder" in name]

@@ -78,7 +78,7 @@ class Trace:
     infeasible_seen: int = 0
     top_label: str = ""
     target_share: dict[str, float] = field(default_factory=dict)  # label -> share of all targets
-    still: list[str] = field(default_factory=list)  # parameters that never had a gradient
+    still: list[str] | None = None  # parameters that never had a gradient; None: not looked at
     still_share: float = 0.0  # of all parameters
     settings: object = None  # configs.Settings, or None
     reported: set[str] = field(default_factory=set)  # ids in the report that the callback left

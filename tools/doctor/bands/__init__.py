@@ -38,7 +38,8 @@ def learn(curves: list[Path], recipe: str, corpus: str) -> dict:
             near = [v for run in runs for s, v in run.get(column, []) if step / REACH <= s <= step * REACH]
             band["step"].append(step)
             band["low"].append(round(min(near) * (1 - margin), 5))
-            band["high"].append(round(max(near) * (1 + margin), 5))
+            high = round(max(near) * (1 + margin), 5)
+            band["high"].append(min(high, 1.0) if column == "blank_rate" else high)
         if steps:
             columns[column] = band
     steps = [max(step for points in run.values() for step, _ in points) for run in runs]
