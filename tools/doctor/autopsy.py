@@ -1,7 +1,8 @@
-"""Finds the first module whose output is not finite, or exploding, by computing the batch again with every module watched.
+"""Finds the first module whose output is not finite, or exploding, by computing the batch again with every module
+watched.
 
-Runs at the parameters with which it happened, before the optimizer has touched them; random states and buffers are as they
-were before and are put back after.
+Runs at the parameters with which it happened, before the optimizer has touched them; random states and buffers are as
+they were before and are put back after.
 """
 
 from __future__ import annotations
@@ -21,7 +22,8 @@ EXPLODING = 1e6  # largest absolute value: nothing in a model that trains comes 
 
 @dataclass
 class Output:
-    """What one module gave: its largest absolute value, and whether it, its input and its own parameters were finite."""
+    """What one module gave: its largest absolute value, and whether it, its input and its own parameters were
+    finite."""
 
     name: str
     kind: str
@@ -65,7 +67,8 @@ class Watch:
                     self.outputs.append(Output(
                         name, type(module).__name__, largest, finite,
                         all(math.isfinite(largest_value(t)) for t in given) if not finite else True,
-                        max((largest_value(t) for t in given), default=0.0) if not finite or largest > EXPLODING else 0.0,
+                        max((largest_value(t) for t in given), default=0.0) if not finite or largest > EXPLODING
+                        else 0.0,
                         str(tensor.dtype).removeprefix("torch."),
                         self._growth(module, tensor) if not finite or largest > 1e3 else None,
                     ))

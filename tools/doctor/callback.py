@@ -1,10 +1,10 @@
-"""The doctor during a run: `Trainer(callbacks=[Doctor()])`, for our recipes, any NeMo CTC model and any LightningModule.
+"""The doctor during a run, of our recipes, of any NeMo CTC model, of any LightningModule: `callbacks=[Doctor()]`.
 
-At each step it asks once whether loss and gradient are finite; every few steps it looks at the frames, the targets, the size
-of the step and the time waited for data; all of that within a share of the run's time (`budget`), less often where it costs
-more. A batch that is not finite is computed again, before the optimizer has touched the weights, with every module watched.
-It changes nothing in the model and nothing in what is learned. The report is written to `<run>/doctor/` at the end, at a
-stop, and whenever something new that prevents learning is found.
+At each step it asks once whether loss and gradient are finite; every few steps it looks at the frames, the targets,
+the size of the step and the time waited for data; all of that within a share of the run's time (`budget`), less often
+where it costs more. A batch that is not finite is computed again, before the optimizer has touched the weights, with
+every module watched. It changes nothing in the model and nothing in what is learned. The report is written to
+`<run>/doctor/` at the end, at a stop, and whenever something new that prevents learning is found.
 """
 
 from __future__ import annotations
@@ -161,7 +161,8 @@ class Doctor(Callback):
 
     def on_exception(self, trainer, pl_module, exception):
         if self._begun is not None and not isinstance(exception, KeyboardInterrupt):
-            self.trace.messages.append(("trainer", f"{type(exception).__name__}: {' '.join(str(exception).split())[:300]}"))
+            self.trace.messages.append(("trainer", f"{type(exception).__name__}: "
+                                                   f"{' '.join(str(exception).split())[:300]}"))
         self._finish(trainer, pl_module)
 
     def teardown(self, trainer, pl_module, stage):
@@ -248,12 +249,14 @@ class Doctor(Callback):
             batch, index = self._batch
             names = self._names(batch, model, call)
             alone = trainer.world_size == 1 or not any("SyncBatchNorm" in type(m).__name__ for m in model.modules())
-            bad = examine_batch(model, batch, index, trainer.global_step + 1, self._state, call, gradient_only, names, alone)
+            bad = examine_batch(model, batch, index, trainer.global_step + 1, self._state, call, gradient_only, names,
+                alone)
             bad.details["gradient norm of the step before"] = getattr(self, "_norm_before", float("nan"))
             if scaler:
                 bad.origin = "backward"
             self.trace.bad = bad
-            log.warning("doctor: step %d: %s is not finite; origin: %s %s; utterances %s", bad.step, bad.what, bad.origin,
+            log.warning("doctor: step %d: %s is not finite; origin: %s %s; utterances %s", bad.step, bad.what,
+                bad.origin,
                         bad.module, ", ".join(names[:8]))
         elif self.trace.bad.origin == "loss" and not gradient_only and self.trace.bad_steps == 2 and call is not None \
                 and not bool(torch.isfinite(call.log_probs).all()):

@@ -70,7 +70,8 @@ def weights_of_the_checkpoints(subject):
         except ValueError as error:
             unread.append(str(error))
             continue
-        broken = [name for name, value in weights.items() if value.is_floating_point() and not bool(value.isfinite().all())]
+        broken = [name for name, value in weights.items() if value.is_floating_point()
+            and not bool(value.isfinite().all())]
         if broken:
             yield _broken(path, step, broken, last_good)
             break
@@ -96,10 +97,12 @@ def _broken(path: Path, step, broken: list[str], last_good: str | None) -> Findi
     return Finding(
         "run-nan", "prevents",
         f"{len(broken)} tensors of {path.name}{at} are not finite, first {broken[0]}.",
-        "All of them are running statistics of BatchNorm: one batch that was not finite poisons them for good, and evaluation "
+        "All of them are running statistics of BatchNorm: one batch that was not finite poisons them for good, and "
+        "evaluation "
         "gives NaN although training goes on." if only else
         "A step with a gradient that was not finite was taken. From there on every output is NaN.",
-        {"tensors": broken[:12], "of them running statistics": len(buffers), "last checkpoint that is whole": last_good},
+        {"tensors": broken[:12], "of them running statistics": len(buffers),
+        "last checkpoint that is whole": last_good},
         [f"go on from {last_good}" if last_good else "start again; no checkpoint is whole",
          "find the batch: attach the doctor's callback, which names the first module and the utterances"], 0.95,
         where=str(path))
@@ -111,7 +114,8 @@ def _unmoved(first, last) -> list[Finding]:
 
     (path_a, step_a, a), (path_b, step_b, b) = first, last
     names = [n for n in a if n in b and a[n].shape == b[n].shape and a[n].is_floating_point() and a[n].numel() > 1
-             and not any(part in n for part in ("running_", "num_batches", "preprocessor", "featurizer", "pos_enc", "_metric"))]
+             and not any(part in n for part in ("running_", "num_batches", "preprocessor", "featurizer", "pos_enc",
+                 "_metric"))]
     same = [n for n in names if torch.equal(a[n], b[n])]
     values = sum(a[n].numel() for n in names)
     share = sum(a[n].numel() for n in same) / max(values, 1)
@@ -119,7 +123,8 @@ def _unmoved(first, last) -> list[Finding]:
         return []
     return [Finding(
         "frozen", "prevents" if share > 0.5 else "warning",
-        f"{len(same)} of {len(names)} tensors ({share:.0%} of the values) are the same at step {step_a} and at step {step_b}, "
+        f"{len(same)} of {len(names)} tensors ({share:.0%} of the values) are the same at step {step_a} and at step "
+        f"{step_b}, "
         f"first {same[0]}.",
         "Nothing updates them: frozen, without gradient, or in no optimizer."
         if share < 0.99 else "Nothing was updated at all: a learning rate of 0, or an optimizer without parameters.",

@@ -1,8 +1,9 @@
-"""Reads what a run left behind into a Trace: curve.csv of ours, CSV logs, TensorBoard events, NeMo's and Lightning's text logs.
+"""Reads what a run left behind into a Trace: curve.csv of ours, CSV logs, TensorBoard events, NeMo's and Lightning's
+text logs.
 
-`python -m tools.doctor explain RUN_DIR` runs the checks of the families "run" and "metrics" on it, and those of the data and
-the schedule on what its configuration names. Nothing is unpickled but tensors. Torch and TensorBoard are imported only where
-there are files for them.
+`python -m tools.doctor explain RUN_DIR` runs the checks of the families "run" and "metrics" on it, and those of the
+data and the schedule on what its configuration names. Nothing is unpickled but tensors. Torch and TensorBoard are
+imported only where there are files for them.
 """
 
 from __future__ import annotations
@@ -41,7 +42,8 @@ def trace_of(subject) -> Trace:
     """The trace of `subject.run`, read once."""
     trace = subject.__dict__.get("_trace")
     if trace is None:
-        trace = subject.__dict__["_trace"] = read_run(subject.run, subject.settings, lambda: subject.rows.get("train", []))
+        trace = subject.__dict__["_trace"] = read_run(subject.run, subject.settings,
+            lambda: subject.rows.get("train", []))
     return trace
 
 
@@ -198,7 +200,8 @@ def _unit(trace: Trace, name: str, settings, train_rows) -> None:
 
 def _quiet_for(folder: Path) -> float:
     """Seconds since anything in the folder's curves or logs was written."""
-    files = [p for pattern in ("curve.csv", "metrics.csv", "events.out.tfevents.*", *LOGS) for p in folder.rglob(pattern)]
+    files = [p for pattern in ("curve.csv", "metrics.csv", "events.out.tfevents.*", *LOGS) for p
+        in folder.rglob(pattern)]
     return time.time() - max((p.stat().st_mtime for p in files), default=0.0)
 
 
@@ -211,7 +214,8 @@ FORGOTTEN = re.compile(r"doctor: step (\d+): (\S+) is not finite; origin: (\S+) 
 ERRORS = (
     ("CUDA out of memory", "out of memory"), ("DefaultCPUAllocator: can't allocate", "out of memory"),
     ("SIGTERM", "ended by SIGTERM"), ("KeyboardInterrupt", "interrupted"), ("Killed", "killed"),
-    ("NCCL error", "NCCL error"), ("No space left on device", "disk full"), ("Traceback (most recent call last)", "exception"),
+    ("NCCL error", "NCCL error"), ("No space left on device", "disk full"),
+    ("Traceback (most recent call last)", "exception"),
 )
 
 
@@ -304,9 +308,11 @@ def end_of_the_run(subject):
     kind = end[1].split(":")[0] if end else ""
     yield Finding(
         "run-ended", "note" if whole else "warning",
-        f"The run's last step is {last}{of}" + (f"; its log says: {end[1]}" if end else ", and no log says why it ended."),
+        f"The run's last step is {last}{of}" + (f"; its log says: {end[1]}" if end else ", and no log says why it "
+        "ended."),
         "It ended before its plan." if not whole else "The plan was fulfilled; the log holds an error all the same.",
-        {"last step": last, "planned": planned, "messages": [f"{where}: {line}" for where, line in trace.messages[-5:]]},
+        {"last step": last, "planned": planned, "messages": [f"{where}: {line}" for where,
+        line in trace.messages[-5:]]},
         fixes.get(kind, ["start it again: the same command goes on from the last checkpoint"]), 0.8 if end else 0.5)
 
 

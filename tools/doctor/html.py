@@ -39,8 +39,8 @@ dl{display:grid;grid-template-columns:88px 1fr;gap:4px 14px;margin:0}dt{color:va
 overflow-wrap:anywhere}table{border-collapse:collapse;font-size:14px}td{padding:1px 14px 1px 0;vertical-align:top}
 td:first-child{color:var(--soft)}code,pre{font:13px/1.45 ui-monospace,"DejaVu Sans Mono",Menlo,monospace;
 background:var(--code);border-radius:3px;padding:1px 4px}pre{padding:8px 10px;overflow-x:auto}pre code{padding:0}
-ul,ol{margin:4px 0;padding-left:20px}.plots{display:grid;grid-template-columns:repeat(auto-fit,minmax(340px,1fr));gap:14px;
-margin-top:12px}figure{margin:0}figcaption{font-size:13px;font-weight:600}.hint{color:var(--soft);font-size:13px}
+ul,ol{margin:4px 0;padding-left:20px}.plots{display:grid;grid-template-columns:repeat(auto-fit,minmax(340px,1fr));
+gap:14px;margin-top:12px}figure{margin:0}figcaption{font-size:13px;font-weight:600}.hint{color:var(--soft);font-size:13px}
 svg{width:100%;height:auto;display:block}svg text{fill:var(--soft);font-size:11px;font-family:inherit}
 svg .grid{stroke:var(--rule);stroke-width:1}.legend{font-size:13px;color:var(--soft)}.key{margin-right:14px}
 .key i{display:inline-block;width:14px;height:3px;vertical-align:middle;margin-right:5px}

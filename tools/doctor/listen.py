@@ -1,7 +1,7 @@
 """Hears every CTC loss that a run computes, whoever computes it, and measures what the model's frames say.
 
-torch.nn.CTCLoss, NeMo's CTCLoss and ours all end in torch.nn.functional.ctc_loss: there the log-probs, targets, lengths and
-the blank that are really used can be seen, for any LightningModule, without a hook in the model.
+torch.nn.CTCLoss, NeMo's CTCLoss and ours all end in torch.nn.functional.ctc_loss: there the log-probs, targets,
+lengths and the blank that are really used can be seen, for any LightningModule, without a hook in the model.
 
 Shapes: T frames, B batch, S targets, V labels with the blank.
 """
@@ -96,7 +96,8 @@ class CTCListener:
         device = log_probs.device
         lengths = [torch.as_tensor(x, device=device).reshape(-1).long() for x in (input_lengths, target_lengths)]
         targets = targets.detach().to(device).long()
-        self.call = Call(log_probs.detach(), targets, *lengths, int(blank), reduction, bool(zero_infinity), result.detach())
+        self.call = Call(log_probs.detach(), targets, *lengths, int(blank), reduction, bool(zero_infinity),
+            result.detach())
 
 
 @torch.no_grad()
@@ -128,8 +129,9 @@ def target_counts(call: Call) -> Tensor:
 def constant_level(call: Call, counts: Tensor) -> float:
     """Loss, nats a label, of the best output that is the same in every frame and so cannot listen.
 
-    The letters share what the blank leaves by how often they occur (`counts`, (V)); the blank's share is searched. This is
-    the plateau on which CTC training starts; it depends on frames per label, so it is measured on the batch itself.
+    The letters share what the blank leaves by how often they occur (`counts`, (V)); the blank's share is searched.
+    This is the plateau on which CTC training starts; it depends on frames per label, so it is measured on the batch
+    itself.
     """
     share = counts.double().clamp(min=0.1)
     share[call.blank] = 0
@@ -144,6 +146,7 @@ def constant_level(call: Call, counts: Tensor) -> float:
         row = share * (1 - blank)
         row[call.blank] = blank
         constant = row.clamp(min=1e-8).log().float()[None, None].expand(frames, batch, -1).contiguous()
-        losses = torch.ctc_loss(constant, call.padded_targets(), call.input_lengths, call.target_lengths, call.blank, 0, True)
+        losses = torch.ctc_loss(constant, call.padded_targets(), call.input_lengths, call.target_lengths, call.blank, 0,
+            True)
         best = min(best, float(losses[fits].sum() / call.target_lengths[fits].sum().clamp(min=1)))
     return best

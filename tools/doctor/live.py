@@ -1,4 +1,4 @@
-"""What a live trainer, model and optimizer tell at once: plan, folder, parameters that nothing updates, schedule, outputs."""
+"""What a live trainer, model and optimizer tell at once: plan, folder, idle parameters, schedule, outputs."""
 
 from __future__ import annotations
 
@@ -24,7 +24,8 @@ def planned_steps(trainer) -> int | None:
 
 
 def run_folder(trainer) -> Path | None:
-    """Where the run writes: NeMo's experiment folder, the first logger's, the trainer's; None where it writes nothing."""
+    """Where the run writes: NeMo's experiment folder, the first logger's, the trainer's; None where it writes
+    nothing."""
     state = sys.modules.get("nemo.utils.app_state")
     if state is not None and (folder := getattr(state.AppState(), "log_dir", None)):
         return Path(folder)
@@ -44,7 +45,8 @@ def optimizer_findings(trainer, model) -> list[Finding]:
     every = max(sum(p.numel() for p in model.parameters()), 1)
     found = []
     for id_, rows, what, fix in (
-        ("not-in-optimizer", missing, "are in no optimizer", "build the optimizer from model.parameters(), after the last "
+        ("not-in-optimizer", missing, "are in no optimizer", "build the optimizer from model.parameters(), after the "
+            "last "
          "layer has been made"),
         ("frozen", frozen, "are frozen (requires_grad=False)", "model.unfreeze(), or p.requires_grad_(True)"),
     ):
@@ -59,7 +61,8 @@ def optimizer_findings(trainer, model) -> list[Finding]:
             id_, "prevents" if heavy else "warning",
             f"{len(rows)} parameter tensors ({share:.0%} of all values) {what}, first {rows[0][0]}.",
             "They keep the values they were made with.",
-            {"parameters": [name for name, _ in rows][:12], "share of all values": share}, [fix], 0.95 if heavy else 0.6,
+            {"parameters": [name for name, _ in rows][:12], "share of all values": share}, [fix],
+            0.95 if heavy else 0.6,
             where=rows[0][0]))
     return found
 
@@ -83,16 +86,19 @@ def schedule_findings(trainer, trace: Trace) -> tuple[list[Finding], int | None]
         rate = trainer.optimizers[0].param_groups[0]["lr"]
         if rate > 3e-3:
             found.append(Finding(
-                "warmup-missing", "warning", f"There is no schedule: {trace.optimizer} takes its first step at {rate:.2g}.",
+                "warmup-missing", "warning", f"There is no schedule: {trace.optimizer} takes its first step at "
+                f"{rate:.2g}.",
                 "The first gradients of CTC are large and point to blanks; full steps along them saturate the outputs.",
-                {"learning rate": rate}, [f"{trace.key('model.optim.sched.name')}=CosineAnnealing with warmup_steps of a tenth "
+                {"learning rate": rate}, [f"{trace.key('model.optim.sched.name')}=CosineAnnealing with warmup_steps "
+                                          "of a tenth "
                                           "of the run"], 0.6, where=trace.key("model.optim.sched")))
     return found, int(warmup) if warmup else None
 
 
 def scanned(outputs: list[Output], trace: Trace) -> list[Finding]:
     """A finding where a module's output, still finite, is far larger than any that trains."""
-    large = [o for o in outputs if o.finite and o.largest > LARGE and "preprocessor" not in o.name and "featurizer" not in o.name]
+    large = [o for o in outputs if o.finite and o.largest > LARGE and "preprocessor" not in o.name and "featurizer" not
+        in o.name]
     if not large or trace.bad is not None:
         return []
     first = large[0]
@@ -103,7 +109,8 @@ def scanned(outputs: list[Output], trace: Trace) -> list[Finding]:
                   {"": (list(range(1, len(outputs) + 1)), [o.largest for o in outputs])},
                   f"the first above {LARGE:g} is {first.name}")]
     if first.growth:
-        plots.append(Plot(f"Largest output of {first.name} over time", "frame", "largest absolute value", {"": first.growth}))
+        plots.append(Plot(f"Largest output of {first.name} over time", "frame", "largest absolute value",
+            {"": first.growth}))
     return [Finding(
         "explodes", "warning",
         f"The output of {first.name} ({first.kind}) reaches {first.largest:.2g} at step {trace.last_step + 1}"
@@ -112,7 +119,8 @@ def scanned(outputs: list[Output], trace: Trace) -> list[Finding]:
         else "Nothing keeps the scale between the layers; the next step may be infinite.",
         {"largest output": first.largest, "modules above 1e4": [o.name for o in large][:8]},
         [f"a bounded or gated recurrence in {first.name}" if in_time else f"a normalisation before {first.name}",
-         f"a lower {trace.key('model.optim.lr')} only delays it"], 0.8 if in_time else 0.6, where=first.name, plots=plots)]
+         f"a lower {trace.key('model.optim.lr')} only delays it"], 0.8 if in_time else 0.6, where=first.name,
+         plots=plots)]
 
 
 PROBES = ("outputs", "lengths", "invariance", "locality", "labels", "loss", "gradients", "depth", "features")

@@ -1,8 +1,8 @@
-"""Metrics that lie (family "metrics"): WER averaged over batches, repeats or blanks not collapsed, texts normalised differently.
+"""Metrics that lie (family "metrics"): averaged over batches, repeats not collapsed, normalised differently.
 
-During a run the validation's own log-probs are decoded once more and counted correctly; where the reported WER is another
-number, it is compared with what each usual mistake would give. After a run the same is done with its predictions. Imports
-torch nowhere.
+During a run the validation's own log-probs are decoded once more and counted correctly; where the reported WER is
+another number, it is compared with what each usual mistake would give. After a run the same is done with its
+predictions. Imports torch nowhere.
 """
 
 from __future__ import annotations
@@ -16,7 +16,8 @@ from tools.doctor.registry import NotExamined, check
 TOLERANCE = 0.005  # absolute, of a rate
 CAUSES = {
     "metric-averaged": ("it is the mean of the batches' rates",
-                        "Short utterances and small batches then weigh more: the sum of errors must be divided once, by the sum "
+                        "Short utterances and small batches then weigh more: the sum of errors must be divided once, "
+                        "by the sum "
                         "of reference words.",
                         ["sum word errors and reference words over all batches, then divide",
                          "NeMo: keep val_wer_num and val_wer_denom and let multi_validation_epoch_end divide"]),
@@ -85,7 +86,8 @@ class Tally:
 
     def judge(self, metrics: dict[str, float]) -> list[Finding] | None:
         """Findings on `val_wer`; None where it says nothing yet (no WER, or next to all or nothing wrong)."""
-        reported = next((metrics[key] for key in ("val_wer", "wer", "val/wer", "val_WER", "WER") if key in metrics), None)
+        reported = next((metrics[key] for key in ("val_wer", "wer", "val/wer", "val_WER", "WER") if key in metrics),
+            None)
         if reported is None or not self.batches:
             return None
         pairs = {way: [pair for batch in self.batches for pair in batch[way]] for way in ("right", "repeats")}
@@ -99,7 +101,8 @@ class Tally:
         return compare(reported, right, others, "validation", tolerance=0.01)
 
 
-def compare(reported: float, right: float, others: dict[str, float], where: str, tolerance: float = TOLERANCE) -> list[Finding]:
+def compare(reported: float, right: float, others: dict[str, float], where: str,
+    tolerance: float = TOLERANCE) -> list[Finding]:
     """A finding where a reported rate is not the right one, named by the mistake that gives the same number."""
     scale = 100.0 if reported > 3 * max(right, 1.0) else 1.0  # percent
     reported /= scale
@@ -110,13 +113,15 @@ def compare(reported: float, right: float, others: dict[str, float], where: str,
     evidence = {"reported": reported, "counted anew": right, **{f"as {id_}": value for id_, value in others.items()}}
     if best is not None and near[best] <= tolerance:
         how, why, fix = CAUSES[best]
-        return [Finding(best, "warning", f"The WER of {where} is reported as {reported:.1%} and is {right:.1%}: {how}.", why,
+        return [Finding(best, "warning", f"The WER of {where} is reported as {reported:.1%} and is {right:.1%}: {how}.",
+            why,
                         evidence, fix, 0.85, where=where)]
     low = reported < right
     return [Finding(
         "metric-normalisation", "warning",
         f"The WER of {where} is reported as {reported:.1%}; the same outputs counted anew give {right:.1%}.",
-        f"The reported rate is too {'low' if low else 'high'}: references and hypotheses pass through different functions, "
+        f"The reported rate is too {'low' if low else 'high'}: references and hypotheses pass through different "
+        "functions, "
         "or other utterances are counted.", evidence, CAUSES["metric-normalisation"][2], 0.4, where=where)]
 
 
@@ -146,7 +151,8 @@ def examine_pairs(pairs: list[tuple[str, str]], where: str, reported: float | No
         example = next((p for p in pairs if normalize(p[0]) == normalize(p[1]) and p[0] != p[1]), pairs[0])
         found.append(Finding(
             "metric-normalisation", "warning",
-            f"As stored, references and hypotheses of {where} differ in {raw:.1%} of the words; normalised alike, in {plain:.1%}.",
+            f"As stored, references and hypotheses of {where} differ in {raw:.1%} of the words; normalised alike, in "
+            f"{plain:.1%}.",
             CAUSES["metric-normalisation"][1], {"as stored": raw, "normalised alike": plain, "example": list(example)},
             CAUSES["metric-normalisation"][2], 0.85, where=where))
     stuttered = sum(_stutters(h) for _, h in pairs)
@@ -154,8 +160,10 @@ def examine_pairs(pairs: list[tuple[str, str]], where: str, reported: float | No
         example = next(h for _, h in pairs if _stutters(h))
         found.append(Finding(
             "metric-not-collapsed", "warning",
-            f"In {stuttered} of {len(pairs)} hypotheses of {where} letters stand three times in a row, or blanks are written.",
-            CAUSES["metric-not-collapsed"][1], {"example": example[:120]}, CAUSES["metric-not-collapsed"][2], 0.9, where=where))
+            f"In {stuttered} of {len(pairs)} hypotheses of {where} letters stand three times in a row, or blanks are "
+            "written.",
+            CAUSES["metric-not-collapsed"][1], {"example": example[:120]}, CAUSES["metric-not-collapsed"][2], 0.9,
+            where=where))
     if reported is not None and not found:
         others = {"metric-averaged": sum(rate([pair]) for pair in pairs) / len(pairs), "metric-normalisation": raw}
         found += compare(reported, plain, others, where)

@@ -1,8 +1,8 @@
 """What made a run non-finite: from the step at which it began, as the callback saw it or as the logs tell it.
 
 Standard library only. The three things that people try first and that do not help are said with the finding:
-zero_infinity acts on an infinite loss only; clipping divides by the norm, and a norm that is not finite spreads to every
-parameter; skipping such batches keeps the weights and changes nothing in the module that makes them.
+zero_infinity acts on an infinite loss only; clipping divides by the norm, and a norm that is not finite spreads to
+every parameter; skipping such batches keeps the weights and changes nothing in the module that makes them.
 """
 
 from __future__ import annotations
@@ -100,7 +100,8 @@ def _cause(trace: Trace, bad: BadStep, evidence: dict, plots: list[Plot]) -> Fin
             "factor of 1 it grows exponentially, and a longer utterance grows further." if in_time else
             "Nothing between the layers keeps the scale: each multiplies what the one before gives it.",
             evidence,
-            [f"use a gated or bounded recurrence in {bad.module}: nn.GRU, nn.LSTM, or nonlinearity='tanh'" if in_time else
+            [f"use a gated or bounded recurrence in {bad.module}: nn.GRU, nn.LSTM, or nonlinearity='tanh'" if in_time
+            else
              f"put a normalisation (LayerNorm) before {bad.module}",
              "normalise between layers: LayerNorm on the input of each recurrent layer",
              f"a lower {trace.key('model.optim.lr')} only delays it"],
@@ -115,7 +116,8 @@ def _cause(trace: Trace, bad: BadStep, evidence: dict, plots: list[Plot]) -> Fin
             "A derivative that is infinite where the value is not: sqrt or log at 0, a division by a norm of 0, a mask "
             "of -inf over a whole row, or a gradient that explodes through a recurrence.", evidence,
             [f"look at {bad.module} for sqrt, log, norm, division and softmax over masked rows; add an eps",
-             "torch.autograd.set_detect_anomaly(True) for one step gives the line"], 0.85, where=bad.module, plots=plots)
+             "torch.autograd.set_detect_anomaly(True) for one step gives the line"], 0.85, where=bad.module,
+             plots=plots)
     if bad.origin == "unknown":
         return _from_history(trace, bad, evidence, plots)
     return None
@@ -126,7 +128,8 @@ def _infinite_loss(trace: Trace, bad: BadStep, evidence: dict, plots: list[Plot]
     if too_long:
         return Finding(
             "data-target-too-long", "prevents",
-            f"The loss is infinite at step {bad.step}: {trace.infeasible_seen} targets do not fit into the output frames.",
+            f"The loss is infinite at step {bad.step}: {trace.infeasible_seen} targets do not fit into the output "
+            "frames.",
             "CTC needs a frame for each label and one more between equal neighbours. Where there are fewer frames no "
             "path exists and the loss is infinite.", {**evidence, "which": too_long},
             ["leave these utterances out of the manifest (and look whether text and audio belong together)",
@@ -134,7 +137,8 @@ def _infinite_loss(trace: Trace, bad: BadStep, evidence: dict, plots: list[Plot]
              "zero_infinity=True in the CTC loss hides them: count them too"], 0.95, where="loss", plots=plots)
     return Finding(
         "loss-wrong", "prevents",
-        f"The log-probs are finite at step {bad.step} and every target fits, but the loss is {bad.details.get('loss')}.",
+        f"The log-probs are finite at step {bad.step} and every target fits, but the loss is "
+        f"{bad.details.get('loss')}.",
         "The loss divides by a length or weight of 0, or takes a logarithm of 0.", evidence,
         ["look at the reduction of the loss: an empty target counts 0 in its mean"], 0.6, where="loss", plots=plots)
 
@@ -164,15 +168,19 @@ def _from_history(trace: Trace, bad: BadStep, evidence: dict, plots: list[Plot])
             evidence = {**evidence, "gradient norm just before": before[-1], "usual gradient norm": usual,
                         "loss just before": losses[-1], "best loss before": min(losses)}
             if rates and rates[-1] >= 0.999 * max(rates):
-                return lr_too_high(trace, f"the loss had grown from {min(losses):.3g} to {losses[-1]:.3g} and the gradient "
-                                   f"norm from {usual:.3g} to {before[-1]:.3g} when it became non-finite at step {bad.step}",
+                return lr_too_high(trace, f"the loss had grown from {min(losses):.3g} to {losses[-1]:.3g} and the "
+                                          "gradient "
+                                   f"norm from {usual:.3g} to {before[-1]:.3g} when it became non-finite at step "
+                                   f"{bad.step}",
                                    evidence, plots, 0.7)
             if trace.clip == 0:
                 return Finding(
                     "clip-missing", "prevents",
-                    f"The gradient norm was {before[-1]:.3g}, usually {usual:.3g}, just before step {bad.step}, at which the "
+                    f"The gradient norm was {before[-1]:.3g}, usually {usual:.3g}, just before step {bad.step}, at "
+                    "which the "
                     "loss is not finite; nothing clips it.",
-                    "A rare batch gives a gradient many times the usual one, and one such step throws the weights away.",
+                    "A rare batch gives a gradient many times the usual one, and one such step throws the weights "
+                    "away.",
                     evidence, [f"{trace.key('trainer.gradient_clip_val')}={2 * usual:.2g}"], 0.65,
                     where=trace.key("trainer.gradient_clip_val"), plots=plots)
     return None
@@ -190,7 +198,8 @@ def lr_too_high(trace: Trace, symptom: str, evidence: dict, plots: list[Plot], c
     suggestion = f"{key}={peak / 10:.1g}" if peak else f"a tenth of {key}"
     return Finding(
         "lr-too-high", weight, f"Steps are too large: {symptom}.",
-        "Each step moves the weights by more than the gradient holds for: the loss is thrown about, outputs saturate, and "
+        "Each step moves the weights by more than the gradient holds for: the loss is thrown about, outputs saturate, "
+        "and "
         "the model ends at a constant output or at NaN.", evidence,
         [f"{suggestion} (a Noam schedule's lr is a multiplier, not a rate)",
          f"a warm-up of 5 to 10 % of the steps: {trace.key('model.optim.sched.warmup_steps')}"],
@@ -223,17 +232,20 @@ def _where_from(bad: BadStep) -> str:
 
 def _fixes(trace: Trace, bad: BadStep) -> list[str]:
     if bad.origin == "unknown":
-        return ["attach the doctor's callback, which names the first module: Trainer(callbacks=[tools.doctor.Doctor()])",
+        return ["attach the doctor's callback, which names the first module: "
+                "Trainer(callbacks=[tools.doctor.Doctor()])",
                 *_general_fixes(trace)]
     if bad.origin == "forward" and bad.module:
-        return [f"look in {bad.module} for a division, log, sqrt, exp or norm that can meet 0 or overflow; add an eps or a bound",
+        return [f"look in {bad.module} for a division, log, sqrt, exp or norm that can meet 0 or overflow; add an eps "
+                "or a bound",
                 *_general_fixes(trace)]
     return _general_fixes(trace)
 
 
 def _general_fixes(trace: Trace) -> list[str]:
     return [f"a tenth of {trace.key('model.optim.lr')}, with a warm-up", f"{trace.key('trainer.precision')}=32",
-            f"{trace.key('trainer.gradient_clip_val')}=1.0 (it does not help against a norm that is already non-finite)"]
+            f"{trace.key('trainer.gradient_clip_val')}=1.0 (it does not help against a norm that is already "
+            "non-finite)"]
 
 
 def _plots(trace: Trace, bad: BadStep) -> list[Plot]:

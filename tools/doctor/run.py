@@ -1,7 +1,7 @@
-"""What a run's curves say (family "run"): the same functions judge a run that the callback watches and one that is over.
+"""What a run's curves say (family "run"): the same functions judge a run that is watched and one that is over.
 
-Each rule takes a Trace and returns findings; `diagnose` runs them all. A plateau at the start is normal, so nothing here
-says "prevents" for it before the run has had its chance. Standard library only.
+Each rule takes a Trace and returns findings; `diagnose` runs them all. A plateau at the start is normal, so nothing
+here says "prevents" for it before the run has had its chance. Standard library only.
 """
 
 from __future__ import annotations
@@ -44,11 +44,13 @@ def learning_rate(trace: Trace) -> list[Finding]:
     peak = max((v for _, v in rates), default=None)
     share = trace.last_step / trace.planned if trace.planned else None
     if trace.warmup and trace.planned and trace.warmup >= 0.7 * trace.planned and trace.last_step > 2:
-        found.append(_warmup(trace, f"The warm-up takes {trace.warmup} steps and the run has {trace.planned}", 0.95, plots,
+        found.append(_warmup(trace, f"The warm-up takes {trace.warmup} steps and the run has {trace.planned}", 0.95,
+            plots,
                              peak))
     elif (rates and still_rising(rates) and (trace.ended or (share or 0) > 0.8) and curve is not None
           and not curve.learned and trace.last_step >= 50):
-        found.append(_warmup(trace, f"The learning rate was still rising at the last step, {rates[-1][0]}", 0.75, plots, peak))
+        found.append(_warmup(trace, f"The learning rate was still rising at the last step, {rates[-1][0]}", 0.75, plots,
+            peak))
     elif updates and len(updates) >= 3 and median(updates) < TINY_UPDATE and trace.last_step >= 50:
         found.append(Finding(
             "lr-too-low", "prevents",
@@ -65,13 +67,16 @@ def learning_rate(trace: Trace) -> list[Finding]:
             [*plots, trace.plot("Size of a step relative to the weights", {"update": ""}, "relative update")], 0.9))
     elif curve is not None and curve.stuck and after >= 100 and len(updates) >= 3 and max(updates[:10]) > 0.5:
         found.append(lr_too_high(
-            trace, f"one of the first moved the weights by {max(updates[:10]):.0%} of their size, and the loss stays at "
-            f"{curve.last:.3g}", {"relative update, largest at the start": max(updates[:10]), "loss at the end": curve.last},
+            trace, f"one of the first moved the weights by {max(updates[:10]):.0%} of their size, and the loss stays "
+                   "at "
+            f"{curve.last:.3g}", {"relative update, largest at the start": max(updates[:10]),
+                "loss at the end": curve.last},
             [*plots, trace.plot("Size of a step relative to the weights", {"update": ""}, "relative update")], 0.8,
             "prevents" if curve.last > 1.2 * curve.level or after >= OVER_STEPS else "warning"))
     elif curve is not None and curve.stuck and after >= 100 and _thrown_about(trace, curve):
         found.append(lr_too_high(
-            trace, f"the loss is thrown about around {curve.last:.3g}, above the {curve.level:.3g} of predicting letters "
+            trace, f"the loss is thrown about around {curve.last:.3g}, above the {curve.level:.3g} of predicting "
+                   "letters "
             "without listening", {"loss at the end": curve.last, "level": curve.level}, plots, 0.7))
     elif curve is not None and curve.lost and rates:
         found += _lost_to_rate(trace, curve, rates, plots)
@@ -92,7 +97,8 @@ def _warmup(trace: Trace, what: str, confidence: float, plots, peak) -> Finding:
         "The schedule was made for a longer run or a larger batch: the peak that it was tuned for is never reached.",
         {"warm-up steps": trace.warmup, "steps": steps, "highest learning rate reached": peak},
         [f"{sched}={max(int(0.1 * steps), 1)} (a tenth of the steps)",
-         "NoamAnnealing ends its warm-up at d_model**-0.5 * warmup_steps**-0.5 * lr: with fewer warm-up steps check that peak"],
+         "NoamAnnealing ends its warm-up at d_model**-0.5 * warmup_steps**-0.5 * lr: with fewer warm-up steps check "
+         "that peak"],
         confidence, where=sched, plots=plots)
 
 
@@ -142,7 +148,8 @@ def progress(trace: Trace) -> list[Finding]:
     if after < EARLY_STEPS and not causes and not (over and curve.last_step >= 1.5 * EARLY_STEPS):
         return [Finding(
             "run-early", "note",
-            f"At step {curve.last_step} the loss ({curve.last:.3g}) is not below that of predicting letters without listening "
+            f"At step {curve.last_step} the loss ({curve.last:.3g}) is not below that of predicting letters without "
+            "listening "
             f"({curve.level:.3g}): every CTC run starts so.",
             "CTC first learns to emit blanks, then the commonest letters, and only then to listen.", outputs,
             ["the run is over: give it more steps" if over else
@@ -152,26 +159,31 @@ def progress(trace: Trace) -> list[Finding]:
     follows = f" This follows from {', '.join(causes)}." if causes else ""
     top = f" ({trace.top_label!r})" if trace.top_label else ""
     general = [
-        "python -m tools.ladder: can the model learn one batch? If not, the fault is in the model, the targets or the loss",
+        "python -m tools.ladder: can the model learn one batch? If not, the fault is in the model, the targets or the "
+        "loss",
         "python -m tools.doctor check on the same configuration: model and data are probed",
         f"{trace.key('model.optim.lr')} three times lower, then three times higher",
     ]
     if blank is not None and blank >= BLANK:
         return [Finding(
             "run-collapse-blank", weight,
-            f"After {curve.last_step} steps {blank:.1%} of the frames are blank and the loss stays at {curve.last:.3g}.{follows}",
-            "Emitting blanks is the first thing CTC learns; this run never left it.", outputs, general, 0.7, plots=plots)]
+            f"After {curve.last_step} steps {blank:.1%} of the frames are blank and the loss stays at "
+            f"{curve.last:.3g}.{follows}",
+            "Emitting blanks is the first thing CTC learns; this run never left it.", outputs, general, 0.7,
+            plots=plots)]
     if letter is not None and letter >= LETTER:
         return [Finding(
             "run-collapse-letter", weight,
-            f"After {curve.last_step} steps the model writes one letter{top}: {letter:.0%} of the frames that are not blank, "
+            f"After {curve.last_step} steps the model writes one letter{top}: {letter:.0%} of the frames that are not "
+            "blank, "
             f"and the loss stays at {curve.last:.3g}.{follows}",
             "The output does not depend on what is heard: the best constant answer is the commonest letter.", outputs,
             general, 0.7, plots=plots)]
     above = curve.last > 1.2 * curve.level
     return [Finding(
         "run-plateau", weight,
-        f"After {curve.last_step} steps the loss is {curve.last:.3g}, {'far above that' if above else 'that'} of predicting letters "
+        f"After {curve.last_step} steps the loss is {curve.last:.3g}, {'far above that' if above else 'that'} of "
+        "predicting letters "
         f"without listening ({curve.level:.3g}).{follows}",
         "Not even how often letters occur has been learned." if above else
         "The model has learned how often letters occur and nothing of the audio.", outputs, general, 0.6, plots=plots)]
@@ -195,9 +207,11 @@ def _late(trace: Trace, name: str) -> float | None:
 
 def _progress_plots(trace: Trace):
     plots = [trace.plot("Loss", {"loss": "train", "val_loss": "validation"} if trace.loss_unit == "character"
-                        else {"loss": "train"}, "nats a character" if trace.loss_unit == "character" else "loss", level=True,
+                        else {"loss": "train"}, "nats a character" if trace.loss_unit == "character" else "loss",
+                            level=True,
                         note="Below the line of letters alone the model has begun to listen." if trace.level else "")]
-    rates = {"blank_rate": "blank", "letter_rate": "commonest letter of the rest", "val_blank_rate": "blank, validation"}
+    rates = {"blank_rate": "blank", "letter_rate": "commonest letter of the rest",
+        "val_blank_rate": "blank, validation"}
     if any(trace.get(name) for name in rates):
         plots.append(trace.plot("What the frames say", rates, "share of frames"))
     if trace.get("val_wer"):
@@ -216,9 +230,12 @@ def _diverged(trace: Trace, curve, blank, letter, outputs, plots) -> Finding:
     causes = causes_of(trace)
     return Finding(
         id, "note" if causes else "prevents",
-        f"The loss had reached {curve.best:.3g} at step {curve.best_step}; from step {curve.lost_step} on it is lost again, "
-        f"{curve.last:.3g} at step {curve.last_step}{what}." + (f" This follows from {', '.join(causes)}." if causes else ""),
-        "A late collapse: one or a few steps were large enough to leave the region in which the model worked. This is no "
+        f"The loss had reached {curve.best:.3g} at step {curve.best_step}; from step {curve.lost_step} on it is lost "
+        "again, "
+        f"{curve.last:.3g} at step {curve.last_step}{what}." + (f" This follows from {', '.join(causes)}." if causes
+            else ""),
+        "A late collapse: one or a few steps were large enough to leave the region in which the model worked. This is "
+        "no "
         "start-up plateau.", outputs,
         [f"go on from a checkpoint before step {curve.best_step}, with {trace.key('model.optim.lr')} at a third",
          f"{trace.key('trainer.gradient_clip_val')}=1.0", f"{trace.key('trainer.precision')}=32 or bf16-mixed"],
@@ -236,13 +253,15 @@ def targets(trace: Trace) -> list[Finding]:
     space = label == " "
     return [Finding(
         "data-upper-case" if space else "data-characters", "prevents",
-        f"{most:.0%} of all targets of the first {trace.utterances_seen} utterances are {label!r}: that is what the model "
+        f"{most:.0%} of all targets of the first {trace.utterances_seen} utterances are {label!r}: that is what the "
+        "model "
         "will write.",
         "The text's letters are not among the labels and were dropped without a word; what is left are the spaces. "
         "LibriSpeech's own transcripts are upper-case." if space else
         "Most of the text was dropped, or all texts are the same.",
         {"share of each label": dict(sorted(share.items(), key=lambda item: -item[1])[:8])},
-        ["lower-case the manifest's text (manifests.text.normalize), or normalize_transcripts=true in the data sections",
+        ["lower-case the manifest's text (manifests.text.normalize), or normalize_transcripts=true in the data "
+         "sections",
          "python -m manifests.validate MANIFEST names the lines"], 0.95 if space else 0.8, where="targets")]
 
 
@@ -261,7 +280,8 @@ def hidden_losses(trace: Trace) -> list[Finding]:
     return [Finding(
         "infinite-loss-hidden", "prevents" if heavy else "note" if light else "warning",
         f"{said} utterances have an infinite loss: their targets do not fit into the frames that the model puts out.",
-        "CTC needs a frame for each label and one more between equal neighbours. zero_infinity sets such a loss to 0: nothing "
+        "CTC needs a frame for each label and one more between equal neighbours. zero_infinity sets such a loss to 0: "
+        "nothing "
         "is learned from them, they still count in the mean, and nobody is told.",
         {"utterances": count, "share": share, "which": which},
         ["lower the encoder's subsampling factor, or use a larger sub-word vocabulary",
@@ -301,12 +321,15 @@ def overfitting(trace: Trace) -> list[Finding]:
     worse = not wers or wers[-1][1] > min(v for _, v in wers) * 1.02
     return [Finding(
         "run-overfitting", "warning" if worse else "note",
-        f"Validation loss was {best:.3g} at step {best_step} and is {last:.3g} at step {last_step}, while the train loss fell "
-        f"to {train.last:.3g}." + ("" if worse else " The word error rate has not risen with it: such a loss is often only "
+        f"Validation loss was {best:.3g} at step {best_step} and is {last:.3g} at step {last_step}, while the train "
+        "loss fell "
+        f"to {train.last:.3g}." + ("" if worse else " The word error rate has not risen with it: such a loss is often "
+        "only "
                                    "over-sure."),
         "The model learns the train utterances by heart.",
         {"best validation loss": best, "at step": best_step, "last": last, "train loss": train.last},
-        [f"keep the checkpoint of step {best_step}", "more SpecAugment (model.spec_augment.time_masks), dropout, weight decay",
+        [f"keep the checkpoint of step {best_step}", "more SpecAugment (model.spec_augment.time_masks), dropout, "
+                                                     "weight decay",
          f"fewer steps: {trace.key('trainer.max_steps')}={best_step}"], 0.85,
         plots=[trace.plot("Loss", {"loss": "train", "val_loss": "validation"}, "loss")])]
 
@@ -322,7 +345,8 @@ def slow_data(trace: Trace) -> list[Finding]:
     workers = trace.settings.get("model.train_ds.num_workers") if trace.settings is not None else None
     return [Finding(
         "data-slow", "warning", f"{share:.0%} of the time went into waiting for the next batch.",
-        "Reading and decoding audio does not keep up with the model.", {"share of time waited": share, "workers": workers},
+        "Reading and decoding audio does not keep up with the model.",
+        {"share of time waited": share, "workers": workers},
         [f"{trace.key('model.train_ds.num_workers')}={max(2 * int(workers or 1), 2)}",
          "shards (tarred or Shar) instead of single files on a network disk", "pin_memory=true on a GPU"],
         0.9, where=trace.key("model.train_ds.num_workers"),

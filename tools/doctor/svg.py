@@ -22,7 +22,8 @@ def draw(plot: Plot) -> str:
     label = escape(f"{plot.title}: {plot.y_label} over {plot.x_label}")
     head = f'<svg viewBox="0 0 {WIDTH} {HEIGHT}" role="img" aria-label="{label}" xmlns="http://www.w3.org/2000/svg">'
     if not flat:
-        return f'{head}<text class="empty" x="{WIDTH / 2}" y="{HEIGHT / 2}" text-anchor="middle">no finite value</text></svg>'
+        place = f'x="{WIDTH / 2}" y="{HEIGHT / 2}" text-anchor="middle"'
+        return f'{head}<text class="empty" {place}>no finite value</text></svg>'
     x_axis = _Axis([x for x, _ in flat], LEFT, WIDTH - RIGHT, log=False)
     y_axis = _Axis([y for _, y in flat], HEIGHT - BOTTOM, TOP, log=_logarithmic([y for _, y in flat]))
     parts = [head]
@@ -33,7 +34,8 @@ def draw(plot: Plot) -> str:
     for value in x_axis.ticks():
         x = x_axis(value)
         parts.append(f'<line class="grid" x1="{x:.1f}" x2="{x:.1f}" y1="{TOP}" y2="{HEIGHT - BOTTOM}"/>')
-        parts.append(f'<text class="tick" x="{x:.1f}" y="{HEIGHT - BOTTOM + 15}" text-anchor="middle">{number(value)}</text>')
+        parts.append(f'<text class="tick" x="{x:.1f}" y="{HEIGHT - BOTTOM + 15}" '
+                     f'text-anchor="middle">{number(value)}</text>')
     middle = (TOP + HEIGHT - BOTTOM) / 2
     scale = ", log" if y_axis.log else ""
     parts.append(f'<text class="axis" x="{(LEFT + WIDTH - RIGHT) / 2}" y="{HEIGHT - 6}" text-anchor="middle">'

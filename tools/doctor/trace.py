@@ -53,10 +53,10 @@ class BadStep:
 
 @dataclass
 class Trace:
-    """A run. Series: loss (nats a character where `loss_unit` is "character"), grad_norm, blank_rate, letter_rate (share
-    of the commonest label among the frames that are not blank), labels_used, lr, update (size of a step relative to
-    the weights), spread (how much log-probs differ from frame to frame), level (loss of the best constant output),
-    wait (share of time spent waiting for data), val_loss, val_wer, val_cer, val_blank_rate, infeasible."""
+    """A run. Series: loss (nats a character where `loss_unit` is "character"), grad_norm, blank_rate, letter_rate
+    (share of the commonest label among the frames that are not blank), labels_used, lr, update (size of a step
+    relative to the weights), spread (how much log-probs differ from frame to frame), level (loss of the best constant
+    output), wait (share of time spent waiting for data), val_loss, val_wer, val_cer, val_blank_rate, infeasible."""
 
     series: dict[str, Points] = field(default_factory=dict)
     sources: list[str] = field(default_factory=list)
@@ -117,7 +117,8 @@ class Trace:
                 rows.setdefault(step, {})[name] = value
         names = list(self.series)
         lines = [",".join(["step", *names])]
-        lines += [",".join([str(step), *(f"{row[n]:.6g}" if n in row else "" for n in names)]) for step, row in sorted(rows.items())]
+        lines += [",".join([str(step), *(f"{row[n]:.6g}" if n in row else "" for n in names)]) for step,
+            row in sorted(rows.items())]
         write_atomic(path, ("\n".join(lines) + "\n").encode())
 
     @property
@@ -173,7 +174,8 @@ def shape(trace: Trace) -> Shape | None:
         return None
     if len(finite) > 800:  # medians of stretches say the same
         width = len(finite) // 400
-        finite = [(part[-1][0], median(v for _, v in part)) for part in (finite[k: k + width] for k in range(0, len(finite), width))]
+        finite = [(part[-1][0], median(v for _, v in part)) for part
+            in (finite[k: k + width] for k in range(0, len(finite), width))]
     line = smooth(finite)
     level = trace.level
     if level is None and trace.loss_unit == "character":

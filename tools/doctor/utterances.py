@@ -1,6 +1,7 @@
 """Names the utterances of a batch: from ids in it, else by finding its texts in the train manifests.
 
-NeMo's own batches carry no ids, so a row is looked up by its targets (the same text, the nearest duration). Imports no torch.
+NeMo's own batches carry no ids, so a row is looked up by its targets (the same text, the nearest duration). Imports
+no torch.
 """
 
 from __future__ import annotations

@@ -1,4 +1,5 @@
-"""Tiny runs for the tests of the callback and of explain: tones for letters, small models, a Lightning trainer on the CPU."""
+"""Tiny runs for the tests of the callback and of explain: tones for letters, small models, a Lightning trainer on the
+CPU."""
 
 import json
 from functools import lru_cache
@@ -122,7 +123,8 @@ RATE = 16000
 
 
 def tone_manifest(folder: Path, count: int = 24, seconds: float = 0.1, upper: bool = False, letters: int = 10) -> Path:
-    """Recordings of tones, one frequency a letter for so many seconds, with words of 3 letters; returns the manifest."""
+    """Recordings of tones, one frequency a letter for so many seconds, with words of 3 letters; returns the
+    manifest."""
     import soundfile
 
     generator = np.random.default_rng(1)
@@ -148,7 +150,8 @@ def stock(manifest: Path, encoder: dict, width: int, optim: dict, batch: int = 8
     from omegaconf import OmegaConf
 
     labels = [" ", *"abcdefghijklmnopqrstuvwxyz", "'"]
-    data = {"manifest_filepath": str(manifest), "sample_rate": RATE, "labels": labels, "batch_size": batch, "shuffle": True,
+    data = {"manifest_filepath": str(manifest), "sample_rate": RATE, "labels": labels, "batch_size": batch,
+        "shuffle": True,
             "num_workers": 0}
     cfg = OmegaConf.create({
         "sample_rate": RATE, "labels": labels, "train_ds": data,
@@ -165,7 +168,8 @@ def stock(manifest: Path, encoder: dict, width: int, optim: dict, batch: int = 8
 
 def conformer_encoder(width: int = 32, layers: int = 2) -> dict:
     return {"_target_": "nemo.collections.asr.modules.ConformerEncoder", "feat_in": 16, "n_layers": layers,
-            "d_model": width, "n_heads": 4, "subsampling_factor": 4, "subsampling": "striding", "subsampling_conv_channels": 16,
+            "d_model": width, "n_heads": 4, "subsampling_factor": 4, "subsampling": "striding",
+            "subsampling_conv_channels": 16,
             "conv_kernel_size": 7, "dropout": 0.0, "dropout_emb": 0.0, "dropout_att": 0.0, "dropout_pre_encoder": 0.0}
 
 

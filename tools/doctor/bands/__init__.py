@@ -2,8 +2,8 @@
 
     python -m tools.doctor.bands recipes/deepspeech2/results/mini.csv --recipe deepspeech2 --corpus mini
 
-makes `<recipe>_<corpus>.json` in this folder again, from the curves of one or several seeds. A band says what is usual, not
-what is right: outside it is a warning at most. Standard library only.
+makes `<recipe>_<corpus>.json` in this folder again, from the curves of one or several seeds. A band says what is
+usual, not what is right: outside it is a warning at most. Standard library only.
 """
 
 from __future__ import annotations
@@ -17,7 +17,8 @@ from tools.doctor.finding import Finding, Plot
 
 FOLDER = Path(__file__).resolve().parent
 COLUMNS = ("loss_per_char", "blank_rate", "grad_norm", "val_wer", "val_cer")
-SERIES = {"loss_per_char": "loss", "blank_rate": "blank_rate", "grad_norm": "grad_norm", "val_wer": "val_wer", "val_cer": "val_cer"}
+SERIES = {"loss_per_char": "loss", "blank_rate": "blank_rate", "grad_norm": "grad_norm", "val_wer": "val_wer",
+    "val_cer": "val_cer"}
 REACH = 1.4  # a healthy run may be so much sooner or later
 MARGIN = {1: 0.5, 2: 0.35, 3: 0.25}  # widening, as a share of the value, by the number of runs; more runs: 0.15
 
@@ -43,7 +44,8 @@ def learn(curves: list[Path], recipe: str, corpus: str) -> dict:
         if steps:
             columns[column] = band
     steps = [max(step for points in run.values() for step, _ in points) for run in runs]
-    return {"recipe": recipe, "corpus": corpus, "runs": len(runs), "steps": max(steps), "margin": margin, "columns": columns}
+    return {"recipe": recipe, "corpus": corpus, "runs": len(runs), "steps": max(steps), "margin": margin,
+        "columns": columns}
 
 
 def _read(path: Path) -> dict[str, list[tuple[int, float]]]:
@@ -56,7 +58,8 @@ def _read(path: Path) -> dict[str, list[tuple[int, float]]]:
                         value = float(row[name])
                         step = int(float(row["step"]))
                     except (KeyError, ValueError):
-                        raise ValueError(f"{path}:{number}: {name} is {row[name]!r}, step {row.get('step')!r}: not numbers") from None
+                        raise ValueError(f"{path}:{number}: {name} is {row[name]!r}, step {row.get('step')!r}: not "
+                                         "numbers") from None
                     if math.isfinite(value):
                         columns.setdefault(name, []).append((step, value))
     if not columns:
@@ -108,7 +111,8 @@ def outside(trace) -> list[Finding]:
         "run-early" if not bad else "run-plateau", "warning" if bad else "note",
         said + (f"inside{'' if not out else '; ' + ', '.join(out) + ' outside'}." if key not in out
                 else f"outside{'' if len(out) == 1 else ', with ' + ', '.join(c for c in out if c != key)}."),
-        "Curves of healthy runs differ by seed; outside the band something is other than in them, not necessarily wrong."
+        "Curves of healthy runs differ by seed; outside the band something is other than in them, not necessarily "
+        "wrong."
         if bad else "It goes as these runs went.", rows,
         ["compare its config.yaml with the recipe's"] if bad else ["go on"], 0.4 if bad else 0.5,
         plots=_plots(trace, band, rows))]

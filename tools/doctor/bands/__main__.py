@@ -1,4 +1,4 @@
-"""Makes the band of a recipe on a corpus again from curves: `python -m tools.doctor.bands CURVE.csv ... --recipe R --corpus C`."""
+"""Makes a band again: `python -m tools.doctor.bands CURVE.csv ... --recipe RECIPE --corpus CORPUS`."""
 
 from __future__ import annotations
 
@@ -14,7 +14,8 @@ from tools.doctor.bands import FOLDER, learn
 def main(arguments: list[str] | None = None) -> int:
     """Writes one band file; returns the exit status."""
     parser = argparse.ArgumentParser(prog="python -m tools.doctor.bands", description=__doc__)
-    parser.add_argument("curves", nargs="+", type=Path, help="curve.csv of healthy runs, of several seeds where there are")
+    parser.add_argument("curves", nargs="+", type=Path, help="curve.csv of healthy runs, of several seeds where there "
+        "are")
     parser.add_argument("--recipe", required=True)
     parser.add_argument("--corpus", required=True)
     parser.add_argument("--out", type=Path, help="default: <recipe>_<corpus>.json beside this module")
