@@ -132,6 +132,8 @@ def check(cfg: DictConfig) -> None:
     rules = [
         (trainer.sync_batchnorm and cpu,
          "trainer.sync_batchnorm=true needs GPUs; set trainer.sync_batchnorm=false with trainer.accelerator=cpu"),
+        (shards and train.get("cache_features"),
+         "model.train_ds.cache_features=true keeps a whole corpus in memory; set it to false with shards"),
         (trainer.use_distributed_sampler and lhotse,
          "trainer.use_distributed_sampler=true fights with lhotse, which shards the data itself; "
          "set trainer.use_distributed_sampler=false"),
@@ -185,7 +187,7 @@ def check_against_code(cfg: DictConfig) -> None:
     compare("exp_manager.checkpoint_callback_params", cfg.exp_manager.checkpoint_callback_params,
             CallbackParams.__dataclass_fields__)
     if cfg.model.train_ds.get("use_lhotse"):
-        compare("model.train_ds", cfg.model.train_ds, {*LhotseDataLoadingConfig.__dataclass_fields__, "use_lhotse"})
+        compare("model.train_ds", cfg.model.train_ds, {*LhotseDataLoadingConfig.__dataclass_fields__, "use_lhotse", "cache_features"})
     for section in ("preprocessor", "spec_augment", "encoder", "decoder"):
         node = cfg.model.get(section)
         if node is None or "_target_" not in node:

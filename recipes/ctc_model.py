@@ -87,7 +87,9 @@ class _RecipeModel:
     def _setup_dataloader_from_config(self, config):
         if not config.get("use_lhotse") or config.get("do_transcribe"):
             return super()._setup_dataloader_from_config(config)  # NeMo's own ways in stay open
-        return lhotse_loader(config, self.text_encoder(), self.global_rank, self.world_size)
+        return lhotse_loader(
+            config, self.text_encoder(), self.global_rank, self.world_size, preprocessor=self.preprocessor
+        )
 
     def setup_multiple_validation_data(self, val_data_config):
         self.setup_validation_data(val_data_config)  # several manifests are one validation set here
@@ -113,12 +115,19 @@ class _RecipeModel:
     # ---- training ------------------------------------------------------------------------------------------
 
     def training_step(self, batch, batch_idx):
-        audio_BT, audio_lengths, targets_BS, target_lengths, ids = batch
+        signals, signal_lengths, targets_BS, target_lengths, ids = batch
         self._remember_running_statistics()
         intermediate = self.is_interctc_enabled()
         if intermediate:
             AccessMixin.set_access_enabled(access_enabled=True, guid=self.model_guid)
-        log_probs, lengths, symbols_BT = self.forward(input_signal=audio_BT, input_signal_length=audio_lengths)
+        if signals.ndim == 3:  # features, see recipes.data.FeatureCache
+            log_probs, lengths, symbols_BT = self.forward(
+                processed_signal=signals, processed_signal_length=signal_lengths
+            )
+            signals_a_second = 1 / self._cfg.preprocessor.window_stride
+        else:
+            log_probs, lengths, symbols_BT = self.forward(input_signal=signals, input_signal_length=signal_lengths)
+            signals_a_second = self.preprocessor._sample_rate
         loss = self.loss(log_probs, targets_BS, lengths, target_lengths)
         infeasible = self.loss.infeasible
         if intermediate:
@@ -129,7 +138,7 @@ class _RecipeModel:
         self._report_infeasible(infeasible, targets_BS, target_lengths, lengths, ids)
         self._bad_step, self.end_agreed = self._any_device(~finite, self.end_requested())
         if self._bad_step:
-            self._skip_batch("loss", float(loss.detach()), ids, audio_BT)
+            self._skip_batch("loss", float(loss.detach()), ids, signals)
             loss = sum(p.sum() for p in self.parameters() if p.requires_grad) * 0.0
 
         with torch.no_grad():
@@ -140,7 +149,7 @@ class _RecipeModel:
                 loss=loss.detach(),
                 loss_per_char=loss.detach() * scale,
                 blank_rate=blanks,
-                audio_seconds=audio_lengths.sum() / self.preprocessor._sample_rate,
+                audio_seconds=signal_lengths.sum() / signals_a_second,
                 utterances=ids,
             )
         if isinstance(self._train_dl, ResumableLoader):
@@ -186,11 +195,11 @@ class _RecipeModel:
             bad, end = flags.bool().tolist()
         return bool(bad), bool(end)
 
-    def _skip_batch(self, what: str, value: float, ids: list[str], audio_BT: Tensor | None) -> None:
+    def _skip_batch(self, what: str, value: float, ids: list[str], signals: Tensor | None) -> None:
         self._bad_in_a_row += 1
         source = ""
-        if audio_BT is not None:
-            rows = (~torch.isfinite(audio_BT)).any(dim=1)
+        if signals is not None:
+            rows = (~torch.isfinite(signals)).flatten(1).any(dim=1)
             if bool(rows.any()):
                 source = f"; the audio itself is not finite in {[i for i, bad in zip(ids, rows.tolist()) if bad]}"
         broken = [name for name, p in self.named_parameters() if not bool(torch.isfinite(p).all())]

@@ -168,6 +168,29 @@ def test_training_goes_on_in_the_middle_of_an_epoch(lhotse_config):
     assert [batch[4] for batch in resumed] == whole[2:]
 
 
+def test_cached_features_are_those_of_the_audio_and_are_computed_once(lhotse_config, monkeypatch):
+    from nemo.collections.asr.modules import AudioToMelSpectrogramPreprocessor
+
+    preprocessor = AudioToMelSpectrogramPreprocessor(sample_rate=RATE, features=20, pad_to=0)
+    cached = lhotse_config.copy()
+    cached.cache_features = True
+    plain, kept = (
+        lhotse_loader(cfg, CharEncoder(LABELS), 0, 1, preprocessor=preprocessor) for cfg in (lhotse_config, cached)
+    )
+    batches = list(plain)
+    for audio, features in zip(batches, kept, strict=True):
+        assert features[4] == audio[4] and torch.equal(features[2], audio[2])
+        expected, lengths = preprocessor.eval()(input_signal=audio[0], length=audio[1])
+        assert torch.equal(features[1], lengths)
+        for row, length in enumerate(lengths):
+            torch.testing.assert_close(
+                features[0][row, :, :length], expected[row, :, :length], atol=5e-3, rtol=1e-3  # float16
+            )
+            assert features[0][row, :, length:].abs().sum() == 0
+    monkeypatch.setattr("recipes.data.mono", lambda cut: pytest.fail("the audio is read again"))
+    assert len(list(kept)) == len(batches) > 1
+
+
 def test_training_stops_at_text_that_cannot_be_spelled_with_the_utterance_named(lhotse_config, tmp_path):
     rows = [json.loads(line) for line in open(lhotse_config.manifest_filepath)]
     rows[4]["text"] = "UPPER CASE"
@@ -182,7 +205,7 @@ def test_training_stops_at_stereo_with_the_utterance_named(lhotse_config, tmp_pa
     rows[5]["audio_filepath"] = str(write_audio(tmp_path / "stereo.wav", rows[5]["duration"], channels=2))
     cfg = lhotse_config.copy()
     cfg.manifest_filepath = str(write_rows(tmp_path / "bad.json", rows))
-    with pytest.raises(RuntimeError, match="utterance u5 has 2 channels"):
+    with pytest.raises(RuntimeError, match="utterance u5 cannot be trained on: 2 channels; make it mono"):
         list(lhotse_loader(cfg, CharEncoder(LABELS), 0, 1))
 
 
