@@ -64,12 +64,13 @@ def main(argv: Sequence[str] | None = None) -> int:
 def run_check(args, rest: list[str]) -> Report:
     """`check`: the report of what the arguments name."""
     from tools.doctor.engine import examine
+    from tools.doctor.subject import LIGHT_FAMILIES
 
     overrides = [*args.overrides, *rest]
     manifests = {role: getattr(args, role) for role in ("train", "validation", "test") if getattr(args, role)}
     families = with_data(args.only)
     config = args.config_name or args.config
-    light = families is not None and set(families) <= {*DATA_FAMILIES, "schedule"}
+    light = families is not None and set(families) <= LIGHT_FAMILIES
     if not light and (config or args.model):
         prepare_torch()
     return examine(config=config, model=args.model, manifests=manifests or None, seconds=args.seconds,

@@ -104,7 +104,8 @@ def _report(subject, hits, figures, fault, symptom, cause, fix, least=MANY, key=
 def _histogram(figures, role, key) -> Plot:
     values = sorted(figure[key] for figure in figures if figure["role"] == role)
     shares = [(i + 1) / len(values) for i in range(len(values))]
-    return Plot(f"{key} of the utterances drawn from {role}", key, "share of utterances below", {role: (values, shares)})
+    return Plot(f"{key} of the utterances drawn from {role}", key, "share of utterances "
+                                                                   "below", {role: (values, shares)})
 
 
 @check("audio", faults=("data-silence",), needs=("manifests",))
@@ -113,7 +114,8 @@ def silence(subject):
     figures = sampled_audio(subject)
     yield from _report(
         subject, _hit(figures, _is_silent), figures, "data-silence", "hold no sound",
-        "The files were written empty, or the wrong channel or part was cut out; the model is taught that silence means "
+        "The files were written empty, or the wrong channel or part was cut out; the model is taught that silence "
+        "means "
         "words.",
         ["listen to the files named; write them again from the originals, or drop them"],
     )

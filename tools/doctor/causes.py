@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import replace
 
-from tools.doctor.finding import Finding
+from tools.doctor.finding import WEIGHTS, Finding
 
 # cause -> what else it makes look wrong. Where both are found, the effect becomes a note that names its cause.
 EFFECTS: dict[str, tuple[str, ...]] = {
@@ -23,7 +23,8 @@ EFFECTS: dict[str, tuple[str, ...]] = {
     "no-gradient": ("vanishes",),
     "explodes": ("vanishes", "time-scrambled", "padding-leak", "train-eval-differ", "batch-leak", "output-constant",
                  "norm-padding", "loss-wrong", "no-gradient"),
-    "features-bad": ("norm-padding", "explodes", "vanishes"),
+    "features-bad": ("norm-padding", "explodes", "vanishes", "time-scrambled", "output-constant"),
+    "vanishes": ("not-log-probs", "train-eval-differ", "time-scrambled"),
     "data-silence": ("features-bad", "data-scale"),
     "data-scale": ("features-bad",),
     "data-upper-case": ("tokenizer-vocabulary", "data-characters", "data-empty-text"),
@@ -38,8 +39,31 @@ EFFECTS: dict[str, tuple[str, ...]] = {
 }
 
 
+def merge(findings: list[Finding]) -> list[Finding]:
+    """One finding a fault of the model: the surest stays, what the others saw is added to its evidence.
+
+    Faults of data and runs stay apart, since each has its own file or step.
+    """
+    kept: dict[str, Finding] = {}
+    out = []
+    for finding in sorted(findings, key=lambda f: (WEIGHTS.index(f.weight), -f.confidence)):
+        if finding.id.startswith(("data-", "run-", "metric-", "tokenizer-", "input-")):
+            out.append(finding)
+        elif finding.id not in kept:
+            kept[finding.id] = finding
+            out.append(finding)
+        else:
+            first = kept[finding.id]
+            number = 1 + sum(key.startswith("also seen") for key in first.evidence)
+            first.evidence[f"also seen {number}"] = finding.symptom
+            first.plots.extend(finding.plots)
+            first.fix.extend(change for change in finding.fix if change not in first.fix)
+    return out
+
+
 def name_causes(findings: list[Finding]) -> list[Finding]:
     """Findings with the effects of other findings turned into notes, causes first; order is kept otherwise."""
+    findings = merge(findings)
     stopping = {finding.id for finding in findings if finding.weight == "prevents"}
     # Of two that cause each other by this table none is the first: both stay.
     first = {id for id in stopping if not any(id in EFFECTS.get(other, ()) for other in stopping - {id})}

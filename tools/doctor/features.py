@@ -40,9 +40,11 @@ def features_are_usable(subject):
     if not all(bool(torch.isfinite(v).all()) for v in valid):
         share = sum(float((~torch.isfinite(v)).float().mean()) for v in valid) / len(valid)
         yield _bad(f"{share:.1%} of the features of {len(items)} utterances are not finite.",
-                   "A logarithm of 0, a division by a standard deviation of 0, or audio that is not finite itself. One such "
+                   "A logarithm of 0, a division by a standard deviation of 0, or audio that is not finite itself. One "
+                   "such "
                    "batch poisons running statistics for good.", {"share": share},
-                   ["model.preprocessor.log_zero_guard_value=2**-24; add a small constant before log and to the standard "
+                   ["model.preprocessor.log_zero_guard_value=2**-24; add a small constant before log and to the "
+                    "standard "
                     "deviation"], 0.97)
         return
     frames = torch.cat(valid, dim=1)  # (D, all T)
@@ -56,28 +58,38 @@ def features_are_usable(subject):
                 "bins that do not vary": f"{dead} of {len(spread)}"}
     if dead > 0.5 * len(spread):
         yield _bad(f"{dead} of {len(spread)} features do not vary over time.",
-                   "What reaches the encoder is the same whatever is said: wrong window, an amplitude lost under the floor "
+                   "What reaches the encoder is the same whatever is said: wrong window, an amplitude lost under the "
+                   "floor "
                    "of the logarithm, or normalisation over the wrong axis.", evidence,
-                   ["model.preprocessor.normalize=per_feature; check the audio's scale and the mel filters' range"], 0.95,
+                   ["model.preprocessor.normalize=per_feature; check the audio's scale and the mel filters' "
+                    "range"], 0.95,
                    plots=plots)
         return
     if dead > 0.1 * len(spread):
         yield _bad(f"{dead} of {len(spread)} mel bins are constant.",
-                   "Filters above half of the audio's true sampling rate, or so narrow that no FFT bin falls into them.",
+                   "Filters above half of the audio's true sampling rate, or so narrow that no FFT bin falls into "
+                   "them.",
                    evidence, ["fewer mel bins (model.preprocessor.features), a larger n_fft, or the audio's true rate"],
                    0.7, "warning", plots)
     centred = frames - frames.mean(dim=1, keepdim=True)
     tail = float((centred / centred.std().clamp(min=1e-9)).pow(4).mean())
     if rms > 50 or rms < 0.02:
         yield _bad(f"Features have a root mean square of {rms:.3g}; networks expect about 1.",
-                   "They are not normalised, or not on a logarithmic scale: the first layer saturates or sees nothing, and "
+                   "They are not normalised, or not on a logarithmic scale: the first layer saturates or sees nothing, "
+                   "and "
                    "the learning rate fits no longer.", {**evidence, "kurtosis": tail},
                    ["model.preprocessor.normalize=per_feature", "model.preprocessor.log=true"], 0.9,
                    "prevents" if rms > 500 or rms < 2e-3 else "warning", plots)
-    elif tail > 40:
+    elif tail > (20 if any(item.row for item in items) else 60):
         yield _bad(f"Features are rare spikes (kurtosis {tail:.0f}; log-mel features have 2 to 6).",
                    "Power is not taken to a logarithm: loud frames are all that the model sees.",
                    {**evidence, "kurtosis": tail}, ["model.preprocessor.log=true"], 0.85, "warning", plots)
+    elif rms > 5 and abs(mean) > 2 * float(spread.median()):
+        yield _bad(f"Features lie around {mean:.1f} and vary by {float(spread.median()):.1f}: they are not normalised.",
+                   "The first layer sees a large constant and a small signal. Batch normalisation behind it mends "
+                   "that; "
+                   "without one, learning starts slowly.", evidence, ["model.preprocessor.normalize=per_feature"], 0.5,
+                   "warning", plots)
 
 
 @check("features", faults=("features-bad",), needs=("model",))
@@ -96,7 +108,8 @@ def dither_is_small(subject):
     together = float(torch.corrcoef(torch.stack([a, b]).double())[0, 1])
     if together < 0.6:
         yield _bad(f"Features in training have a correlation of {together:.2f} with those in evaluation.",
-                   "Noise that is added in training (dither) drowns the speech: it is scaled for integers, the audio is in "
+                   "Noise that is added in training (dither) drowns the speech: it is scaled for integers, the audio "
+                   "is in "
                    "-1 to 1.", {"correlation": together, "dither": getattr(getattr(probe.model.preprocessor, "featurizer",
                                                                                    None), "dither", None)},
                    ["model.preprocessor.dither=1e-5"], 0.9, "prevents" if together < 0.3 else "warning")
@@ -122,10 +135,12 @@ def features_leave_padding_out(subject):
         yield Finding(
             "norm-padding", "prevents" if change > 1 else "warning",
             f"With padding as long as itself, an utterance has features that differ by {change:.0%} of their spread.",
-            "Normalisation of the features counts the padding: mean and variance are those of speech and zeros. The same "
+            "Normalisation of the features counts the padding: mean and variance are those of speech and zeros. The "
+            "same "
             "utterance looks different in every batch, and alone (as in evaluation) other than in training.",
             {"relative change": change},
-            ["normalise with the lengths: mean and standard deviation over the valid frames (NeMo: normalize=per_feature "
+            ["normalise with the lengths: mean and standard deviation over the valid frames (NeMo: "
+             "normalize=per_feature "
              "with the true lengths)"],
             0.92, where="preprocessor",
         )
@@ -189,9 +204,11 @@ def augmentation_leaves_speech(subject):
         yield Finding(
             "augmentation-too-strong", "prevents" if share > 0.75 else "warning",
             f"Augmentation masks {share:.0%} of the features on average (NeMo's published recipes: 10 to 35 %).",
-            "Most of what is to be recognised is not there: the loss stays high, and a fresh model falls back on blanks.",
+            "Most of what is to be recognised is not there: the loss stays high, and a fresh model falls back on "
+            "blanks.",
             {"share masked": share, "a tenth of utterances over": shares[int(0.9 * len(shares))], **numbers},
-            ["model.spec_augment.time_width=0.05 model.spec_augment.time_masks=2 model.spec_augment.freq_width=15, or none "
+            ["model.spec_augment.time_width=0.05 model.spec_augment.time_masks=2 model.spec_augment.freq_width=15, or "
+             "none "
              "(model.spec_augment=null) until one batch is learned"],
             0.9, where="model.spec_augment",
             plots=[Plot("Share masked", "share of an utterance", "share of draws below",

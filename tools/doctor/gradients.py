@@ -63,12 +63,14 @@ def gradients_arrive(subject):
     elif none:
         cause = "These modules are built but their result is not used, or it is detached."
     else:
-        cause = ("Their gradient is exactly 0: what they compute is multiplied by 0, or the activation behind them is 0 "
+        cause = ("Their gradient is exactly 0: what they compute is multiplied by 0, or the activation behind them is "
+                 "0 "
                  "everywhere (dead ReLU).")
     yield Finding(
         "no-gradient",
         "prevents" if whole or no_encoder or share > 0.2 else "warning",
-        f"{len(without)} of {len(sizes)} trainable parameter tensors ({share:.0%} of all values) get no gradient from a "
+        f"{len(without)} of {len(sizes)} trainable parameter tensors ({share:.0%} of all values) get no gradient from "
+        "a "
         f"training step: {', '.join(parts(without)[:6])}{' ...' if len(parts(without)) > 6 else ''}.",
         cause,
         {"tensors": len(without), "of": len(sizes), "share of values": round(share, 4), "modules": parts(without)[:20],
@@ -98,7 +100,8 @@ def parameters_are_trainable(subject):
         "prevents" if share > 0.2 and not started else "warning",
         f"{len(frozen)} parameter tensors ({share:.0%} of all values) are frozen (requires_grad=False): "
         f"{', '.join(parts(list(frozen))[:6])}{' ...' if len(parts(list(frozen))) > 6 else ''}.",
-        "encoder.freeze(), a leftover of fine-tuning, or export(), which leaves a model so. Frozen random weights learn "
+        "encoder.freeze(), a leftover of fine-tuning, or export(), which leaves a model so. Frozen random weights "
+        "learn "
         "nothing; frozen trained ones may be meant.",
         {"tensors": len(frozen), "share of values": round(share, 4), "modules": parts(list(frozen))[:20]},
         ["model.encoder.unfreeze(), or for p in model.parameters(): p.requires_grad_(True)"],
@@ -160,7 +163,8 @@ def parameters_are_optimised(subject):
         yield Finding(
             "not-in-optimizer",
             "prevents" if share > 0.1 or any(n.startswith("decoder.") for n in outside) else "warning",
-            f"{len(outside)} of {len(trainable)} trainable parameter tensors ({share:.0%} of all values) are not in the "
+            f"{len(outside)} of {len(trainable)} trainable parameter tensors ({share:.0%} of all values) are not in "
+            "the "
             f"optimizer: {', '.join(parts(outside)[:6])}.",
             "They get gradients and never move. The optimizer was made from some of the parameters, or before a module "
             "was replaced (a new decoder after change_vocabulary, say).",

@@ -123,7 +123,8 @@ def decoder_blank(subject):
             "prevents",
             f"Decoding does not treat output {width - 1}, the model's blank, as the blank"
             + (f", but output {wrong[0]} ({probe.label_names(wrong[:1])!r})." if wrong else "."),
-            "Loss and decoder put the blank at different places: what is printed has letters in place of blanks, however "
+            "Loss and decoder put the blank at different places: what is printed has letters in place of blanks, "
+            "however "
             "well the model has learned.",
             {"blank of the decoding": blank if blank is not None else wrong, "blank of the model": width - 1},
             ["leave decoding to NeMo's CTCDecoding(cfg.decoding, vocabulary=decoder.vocabulary), which puts it last"],
@@ -213,7 +214,8 @@ def _changed(probe, changed, compared) -> Finding:
     if lost:
         return Finding(
             "tokenizer-vocabulary", "prevents",
-            f"{len(changed)} of {compared} texts lose letters on the way to targets: {text[:60]!r} becomes {back[:60]!r}.",
+            f"{len(changed)} of {compared} texts lose letters on the way to targets: {text[:60]!r} becomes "
+            f"{back[:60]!r}.",
             "The labels or the tokenizer cannot spell these texts: what is unknown is dropped.",
             {"text": text[:100], "after training's encoding and decoding": back[:100]},
             ["train the tokenizer on these texts, or normalise them as its training text was"], 0.9,
@@ -226,7 +228,8 @@ def _changed(probe, changed, compared) -> Finding:
         f"{len(changed)} of {compared} texts come back as others: {text[:60]!r} becomes {back[:60]!r}.",
         "Training numbers the labels in another order than decoding: the model learns well and prints a cipher.",
         {"text": text[:100], "comes back as": back[:100], "letters": [f"{a} -> {b}" for a, b in list(pairs)[:8]],
-         "first label that differs": f"{differing[0]}: {training[differing[0]]!r} in training, {decoding[differing[0]]!r} "
+         "first label that differs": f"{differing[0]}: {training[differing[0]]!r} in training, "
+                                     f"{decoding[differing[0]]!r} "
          "in decoding" if differing else "-"},
         ["one list of labels for all: model.train_ds.labels=${model.labels} model.decoder.vocabulary=${model.labels}"],
         0.95,

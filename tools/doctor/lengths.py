@@ -71,7 +71,8 @@ def returned_lengths_match(subject):
         yield Finding(
             "length-mismatch",
             "prevents",
-            f"The model returns lengths beyond its output: {pairs[worst][1]} for {pairs[worst][0]} frames that came out "
+            f"The model returns lengths beyond its output: {pairs[worst][1]} for {pairs[worst][0]} frames that came "
+            "out "
             f"of {worst}." if off[worst] > 0 else f"It returns a length of {longest} for {wide} output frames.",
             "The lengths are not shortened as the output is (the subsampling is not applied to them, or another one). "
             "CTC then reads frames that do not exist: an error on some devices, numbers without meaning on others.",
@@ -88,7 +89,8 @@ def returned_lengths_match(subject):
         yield Finding(
             "length-mismatch",
             "prevents" if share > 0.15 else "warning",
-            f"The model returns a length of {pairs[worst][1]} where {pairs[worst][0]} frames come out of {worst} without "
+            f"The model returns a length of {pairs[worst][1]} where {pairs[worst][0]} frames come out of {worst} "
+            "without "
             "padding.",
             "The returned lengths are shorter than the output: the end of every utterance is left out of loss and "
             "decoding, and targets may not fit any more.",
@@ -137,7 +139,8 @@ def lengths_are_heeded(subject):
         if abs(share[1] - 0.625) < 0.12 and abs(share[2] - 0.28) < 0.12:
             return
         symptom = f"Lengths of {given.tolist()} frames become {got}, which is not in proportion."
-        yield Finding("length-mismatch", "prevents", symptom, "The returned lengths are computed from something else than "
+        yield Finding("length-mismatch", "prevents", symptom, "The returned lengths are computed from something else "
+                                                              "than "
                       "the lengths given, or in the wrong order.", {"given": given.tolist(), "returned": got},
                       ["return one length for each item, in the order of the batch"], 0.9, where="encoder")
         return
@@ -200,7 +203,8 @@ def _too_long(probe, role, rows, need, room, rule):
         return
     worst = sorted(bad, key=lambda i: room[i] - need[i])[:5]
     if bad:
-        symptom = (f"{len(bad)} of {len(rows)} utterances of {role} have targets that do not fit into the output: their "
+        symptom = (f"{len(bad)} of {len(rows)} utterances of {role} have targets that do not fit into the output: "
+                   "their "
                    f"CTC loss is infinite. First {rows[bad[0]]['_at']}: {need[bad[0]]} needed, {room[bad[0]]} frames.")
     else:
         symptom = f"Targets of {role} fill {middle:.0%} of the output frames (median): hardly any room for blanks."
@@ -210,10 +214,12 @@ def _too_long(probe, role, rows, need, room, rule):
         else "note",
         symptom,
         f"The model puts out one frame for {rule.stride} feature frames; CTC needs one for each target symbol and one "
-        "between equal neighbours. NeMo sets such a loss to 0 without a word: nothing is learned from these utterances.",
+        "between equal neighbours. NeMo sets such a loss to 0 without a word: nothing is learned from these "
+        "utterances.",
         {"utterances": len(bad), "of": len(rows), "share": round(share, 4), "over 80 % full": tight,
          "subsampling": rule.stride, "median fill": round(middle, 3),
-         "worst": [f"{rows[i]['_at']}: {need[i]} symbols, {room[i]} frames, {rows[i]['duration']:.2f} s" for i in worst]},
+         "worst": [f"{rows[i]['_at']}: {need[i]} symbols, {room[i]} frames, {rows[i]['duration']:.2f} "
+                   "s" for i in worst]},
         ["subsample less (model.encoder.subsampling_factor or the strides)" if share > 0.01 or not bad else
          "drop them from the manifest (their text is likely wrong)",
          "or use longer sub-word tokens (a larger BPE vocabulary makes shorter targets)",

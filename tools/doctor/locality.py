@@ -71,16 +71,19 @@ def time_is_kept(subject):
         "prevents",
         "Time runs backwards through the model: what changes at the start of the input moves the end of the output."
         if flipped else
-        "Every output frame depends on the whole input alike: the output does not say when anything was said." if blurred
+        "Every output frame depends on the whole input alike: the output does not say when anything was "
+        "said." if blurred
         else f"What changes at one time of the input moves the output at other times (correlation {together:.2f}; 1 is "
         "right).",
         "The time axis is flipped and not flipped back." if flipped else
         "Pooling or attention removed the order of time, or positions are lost." if blurred else
-        "A view or reshape stands where a transpose belongs, so that features of one frame are spread over many, or one "
+        "A view or reshape stands where a transpose belongs, so that features of one frame are spread over many, or "
+        "one "
         "direction of a recurrence is not turned back. CTC needs frames in the order of speech.",
         {"correlation": round(together, 3), "on made-up features": round(second, 3)},
         ["undo the flip: x.flip(time_axis) before and after, each within its length"] if flipped else
-        ["x.transpose(1, 2) in place of x.view(B, T, D) or x.reshape(B, T, D); check a (B, C, T, F) tensor before it is "
+        ["x.transpose(1, 2) in place of x.view(B, T, D) or x.reshape(B, T, D); check a (B, C, T, F) tensor before it "
+         "is "
          "flattened: permute to (B, T, C, F) first"],
         0.95 if abs(together) < 0.3 or flipped else 0.75,
         where="encoder",

@@ -159,7 +159,8 @@ def training_step_uses_it(subject):
         f"A training step's loss is {own:.4g}; the CTC loss of the same outputs and targets is {expected[nearest]:.4g} "
         f"({nearest})" + (f". The loss is given other {', '.join(wrong)} than the batch and the model have." if wrong
                           else "."),
-        "Between the outputs and the number that is minimised something is changed: other targets, lengths of the input "
+        "Between the outputs and the number that is minimised something is changed: other targets, lengths of the "
+        "input "
         "for those of the output, a scale, a term that swamps the rest.",
         {"own": own, **{f"CTC, {name}": value for name, value in expected.items()}, "given otherwise": wrong},
         ["training_step: loss = self.loss(log_probs=log_probs, targets=transcript, input_lengths=encoded_len, "

@@ -22,7 +22,8 @@ UNRELATED = 0.35  # correlation of log duration and log length under which pairs
 LOOSE = 0.65  # under which some of them may not
 BLOCK = 60  # neighbouring lines looked at together
 CAUSE = (
-    "Texts and audio were joined in different orders: a line was lost on one side, a list was sorted or shuffled alone. "
+    "Texts and audio were joined in different orders: a line was lost on one side, a list was sorted or shuffled "
+    "alone. "
     "The loss then falls to that of the letters' frequencies and stays there."
 )
 FIX = [
@@ -199,7 +200,8 @@ def _partial(role: str, rows: list[dict], duration: np.ndarray):
         share = max(share, (last - first + 1) / len(rows))
         odd = list(range(first, min(first + 5, last + 1)))
     else:
-        symptom = (f"About {share:.0%} of the texts of {role} do not go with the length of their speech, the others do.")
+        symptom = (f"About {share:.0%} of the texts of {role} do not go with the length of their speech, the others "
+                   "do.")
         odd = np.argsort(-np.abs(residual))[:5].tolist()
     yield Finding(
         "data-mismatched-text",

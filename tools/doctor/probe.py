@@ -190,8 +190,10 @@ class Probe:
         return out[0].float(), out[1]
 
     @contextlib.contextmanager
-    def ready(self, train: bool = False, calibrate: bool = True) -> Iterator[None]:
+    def ready(self, train: bool = False, calibrate: bool = True, own_dropout: bool = False) -> Iterator[None]:
         """`untouched`, without chance (dropout, masks, dither), in eval mode or train mode.
+
+        `own_dropout` True leaves dropouts on that are not torch's.
 
         A fresh model's running statistics are those of nothing: with `calibrate` they are first set to those of the
         probe's own batch, as training would set them.
@@ -199,7 +201,7 @@ class Probe:
         with untouched(self.model):
             torch.manual_seed(0)
             self.model.train()
-            undo = without_chance(self.model)
+            undo = without_chance(self.model, own=not own_dropout)
             try:
                 if calibrate and not train and any("running_mean" in name for name, _ in self.model.named_buffers()):
                     self.calibrate()
@@ -245,8 +247,18 @@ class NoDropout(TorchFunctionMode):
         return function(*args, **kwargs)
 
 
-def without_chance(model: nn.Module) -> list:
-    """Switches off dropout of every kind, spectrogram masks and dither; returns the calls that undo it."""
+def own_dropouts(model: nn.Module) -> list[tuple[nn.Module, str]]:
+    """(module, attribute) of the rates of dropouts that are not torch's: any number whose name says so."""
+    return [(module, name) for module in model.modules() for name, value in vars(module).items()
+            if isinstance(value, float) and value > 0 and ("drop" in name.lower())
+            and not isinstance(module, (nn.modules.dropout._DropoutNd, nn.RNNBase))]
+
+
+def without_chance(model: nn.Module, own: bool = True) -> list:
+    """Switches off dropout of every kind, spectrogram masks and dither; returns the calls that undo it.
+
+    `own` False leaves those dropouts on that are not torch's.
+    """
     undo = []
 
     def put(module, name, value):
@@ -259,11 +271,12 @@ def without_chance(model: nn.Module) -> list:
             put(module, "p", 0.0)
         elif isinstance(module, nn.RNNBase) and module.dropout:
             put(module, "dropout", 0.0)
-        for name in ("dither", "stochastic_depth_drop_prob", "dropout_p", "dropout_rate"):
-            if isinstance(vars(module).get(name), float):
-                put(module, name, 0.0)
+        if isinstance(vars(module).get("dither"), float):
+            put(module, "dither", 0.0)
         if isinstance(vars(module).get("layer_drop_probs"), list):
             put(module, "layer_drop_probs", [0.0] * len(module.layer_drop_probs))
+    for module, name in own_dropouts(model) if own else ():
+        put(module, name, 0.0)
     if getattr(model, "spec_augmentation", None) is not None:
         masks = model._modules["spec_augmentation"] if "spec_augmentation" in model._modules else None
         if masks is not None:

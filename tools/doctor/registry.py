@@ -10,7 +10,7 @@ A new check is one function in the module of its family:
 
 and one page in pages/. `faults` that it does not name count as ruled out. Where a check finds that it cannot judge, it
 raises NotExamined with the reason, before its first finding or after. Modules of families are imported only where
-there is something for them to examine; the light ones (data, tokenizer, schedule, run) import no torch.
+there is something for them to examine; the light ones (data, tokenizer, schedule, limits, run) import no torch.
 """
 
 from __future__ import annotations
@@ -29,15 +29,16 @@ FAMILIES: dict[str, tuple[str, tuple[str, ...]]] = {
     "pairs": ("tools.doctor.pairs", ("manifests",)),
     "tokenizer": ("tools.doctor.tokenizer", ("manifests", "config", "model")),
     "schedule": ("tools.doctor.schedule", ("config", "model")),
+    "limits": ("tools.doctor.limits", ("config",)),
     "outputs": ("tools.doctor.outputs", ("model",)),
+    "features": ("tools.doctor.features", ("model",)),
     "lengths": ("tools.doctor.lengths", ("model",)),
-    "invariance": ("tools.doctor.invariance", ("model",)),
-    "locality": ("tools.doctor.locality", ("model",)),
     "labels": ("tools.doctor.labels", ("model",)),
     "loss": ("tools.doctor.loss", ("model",)),
     "gradients": ("tools.doctor.gradients", ("model",)),
+    "locality": ("tools.doctor.locality", ("model",)),
+    "invariance": ("tools.doctor.invariance", ("model",)),
     "depth": ("tools.doctor.depth", ("model",)),
-    "features": ("tools.doctor.features", ("model",)),
     "run": ("tools.doctor.run", ("run",)),
     "metrics": ("tools.doctor.metrics", ("run",)),
 }

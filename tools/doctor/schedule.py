@@ -171,6 +171,8 @@ def peak_rate(subject):
     if p.peak <= 0:
         yield Finding("lr-zero", "prevents", f"The learning rate is {p.lr:g}.", "Nothing moves.", confidence=1.0,
                       fix=[f"{key}={unit(1e-3) if p.peak > 0 else '1e-3'}"], **common)
+    elif p.peak > high and noam and not p.warmup and 0.05 * p.peak < high:
+        return  # Noam's schedule without a warm-up starts at its highest: warm_up says so
     elif p.peak > high:
         yield Finding(
             "lr-too-high", "prevents" if p.peak >= far else "warning",
@@ -195,8 +197,10 @@ def peak_rate(subject):
             "lr-too-low", "prevents" if p.schedule_steps < 0.1 * p.steps else "warning",
             f"The schedule ends at step {p.schedule_steps}, the run at {p.steps}: for "
             f"{1 - p.schedule_steps / p.steps:.0%} of the run the rate is {p.rate(p.steps):.2g}.",
-            "The schedule's own max_steps is not the run's (epochs were given for steps, or a value was left from another "
-            "run).", confidence=0.9, fix=[f"{s.key('model.optim.sched.max_steps')}={p.steps}, or leave it out"], **common)
+            "The schedule's own max_steps is not the run's (epochs were given for steps, or a value was left from "
+            "another "
+            "run).", confidence=0.9, fix=[f"{s.key('model.optim.sched.max_steps')}={p.steps}, or leave it "
+                                          "out"], **common)
 
 
 @check("schedule", faults=("warmup-too-long", "warmup-missing"), needs=("config",))
@@ -218,7 +222,7 @@ def warm_up(subject):
     elif p.warmup <= 0 and p.peak > 3e-4:
         attention = any(word in str(s.get("model.encoder._target_", "")).lower() for word in ("former", "attention"))
         yield Finding(
-            "warmup-missing", "warning" if attention or p.peak > 2e-3 else "note",
+            "warmup-missing", "prevents" if p.peak > 0.05 else "warning" if attention or p.peak > 2e-3 else "note",
             f"There is no warm-up: the first step is made at {p.peak:.2g}.",
             "Adam's first steps are as large as its rate, whatever the gradient. Attention in particular collapses in "
             "them and does not come back.", p.evidence, fix, 0.85 if attention else 0.6, where=key, plots=lr_plot(p))
@@ -228,7 +232,8 @@ def warm_up(subject):
 def schedule_steps(subject):
     """The schedule is stepped once an optimizer step."""
     s, p = subject.settings, plan(subject)
-    cause = ("A schedule that is made for steps and stepped once an epoch hardly moves: the warm-up lasts as many epochs "
+    cause = ("A schedule that is made for steps and stepped once an epoch hardly moves: the warm-up lasts as many "
+             "epochs "
              "as it has steps, and the rate stays near 0.")
     fix = ["return {'optimizer': optimizer, 'lr_scheduler': {'scheduler': scheduler, 'interval': 'step'}} from "
            "configure_optimizers"]
@@ -293,8 +298,10 @@ def effective_batch(subject):
             yield Finding(
                 "batch-size", "warning",
                 f"A step sees {p.seconds:g} s of audio, the recipe's {usual:g} s were tuned with its learning rate.",
-                "With a batch many times smaller gradients are noise at this rate; with one many times larger there are too "
-                "few steps.", evidence, [f"{key}={usual:g}, or scale the learning rate with the square root of the batch"],
+                "With a batch many times smaller gradients are noise at this rate; with one many times larger there "
+                "are too "
+                "few steps.", evidence, [f"{key}={usual:g}, or scale the learning rate with the square root of the "
+                                         "batch"],
                 0.8, where=key)
             return
     if (p.utterances is not None and p.utterances < 4) or (p.utterances is None and p.seconds < 8):
@@ -310,7 +317,8 @@ def effective_batch(subject):
             "batch-size", "warning",
             f"The batch of {p.utterances:.0f} utterances makes {p.steps_a_pass:.1f} steps of a pass over the data, "
             f"{p.steps} in the whole run.",
-            "CTC from scratch needs hundreds to thousands of steps to leave its plateau of blanks; a large batch on a small "
+            "CTC from scratch needs hundreds to thousands of steps to leave its plateau of blanks; a large batch on a "
+            "small "
             "corpus has too few.", evidence, ["a smaller batch, or more epochs"], 0.7, where=key)
 
 
@@ -325,128 +333,3 @@ def _recipe_batch(s) -> float | None:
 
     value = yaml.safe_load(path.read_text()).get("global_batch_seconds")
     return float(value) if value else None
-
-
-@check("schedule", faults=("clip-missing", "clip-too-low"), needs=("config",))
-def clipping(subject):
-    """Gradients are clipped, at a limit that lets them move, by a name that is read."""
-    s = subject.settings
-    trainer = s.get("trainer")
-    stray = {key: value for key, value in _walk(s.cfg) if "clip" in key.rpartition(".")[2].lower() and "grad" in key.lower()
-             and key not in ("trainer.gradient_clip_val", "trainer.gradient_clip_algorithm") and value is not None
-             or key.rpartition(".")[2] in ("clip", "max_norm", "max_grad_norm", "clip_norm")
-             and not key.startswith(("model.encoder", "model.decoder"))}
-    value = s.number("trainer.gradient_clip_val")
-    optimizer = str(s.get("model.optim.name", "adamw")).lower()
-    if stray and not value:
-        yield Finding(
-            "clip-missing", "warning",
-            f"A limit for gradients is set as {', '.join(f'{k}={v}' for k, v in stray.items())}, a name that nothing reads.",
-            "Lightning reads trainer.gradient_clip_val alone: gradients are not clipped.", {"read by nothing": stray},
-            [f"trainer.gradient_clip_val={next(iter(stray.values()))}"], 0.95, where=next(iter(stray)))
-        return
-    if trainer is None:
-        raise NotExamined("there is no trainer section")
-    if not value:
-        target = str(s.get("model.encoder._target_", "")).lower()
-        recurrent = any(word in target for word in ("rnn", "lstm", "gru", "deepspeech"))
-        yield Finding(
-            "clip-missing", "warning" if recurrent else "note",
-            "Gradients are not clipped (trainer.gradient_clip_val is not set).",
-            "CTC gives a few utterances gradients a hundred times the usual; recurrent networks throw what they have learned "
-            "away in one such step.", {"trainer.gradient_clip_val": value},
-            ["trainer.gradient_clip_val=1.0"], 0.7 if recurrent else 0.4, where="trainer.gradient_clip_val")
-    elif value < 0:
-        yield Finding("clip-missing", "warning", f"trainer.gradient_clip_val={value:g} clips nothing.",
-                      "A negative limit turns gradients round or is ignored.", {"value": value},
-                      ["trainer.gradient_clip_val=1.0"], 0.9, where="trainer.gradient_clip_val")
-    elif value < 0.02:
-        plain = optimizer in ("sgd",)
-        yield Finding(
-            "clip-too-low", "prevents" if value < 1e-4 or plain else "warning",
-            f"Gradients are clipped to a norm of {value:g}; CTC models have norms of 1 to 100 while they train.",
-            "Every step is cut to next to nothing. With plain SGD nothing moves at all; Adam divides the scale out again, "
-            "until its epsilon is larger than what is left.", {"limit": value, "optimizer": optimizer},
-            ["trainer.gradient_clip_val=1.0"], 0.9, where="trainer.gradient_clip_val")
-
-
-def _walk(node, prefix: str = ""):
-    """(dotted key, value) of all that is not a section."""
-    for key in node:
-        path = f"{prefix}.{key}" if prefix else str(key)
-        try:
-            value = node[key]
-        except Exception:  # missing or unresolved
-            continue
-        if isinstance(value, DictConfig):
-            yield from _walk(value, path)
-        elif isinstance(value, ListConfig):
-            for i, item in enumerate(value):
-                if isinstance(item, DictConfig):
-                    yield from _walk(item, f"{path}[{i}]")
-        else:
-            yield path, value
-
-
-@check("schedule", faults=("dropout-range", "weight-decay-range"), needs=("config",))
-def regularisation(subject):
-    """Dropout and weight decay are within reason."""
-    s, p = subject.settings, None
-    rates = {key: float(value) for key, value in _walk(s.cfg) if key.startswith("model.")
-             and ("dropout" in key.rpartition(".")[2] or key.endswith("drop_prob"))
-             and isinstance(value, (int, float)) and not isinstance(value, bool)}
-    high = {key: value for key, value in rates.items() if value > 0.5 or value < 0}
-    if high:
-        worst = max(high, key=lambda key: abs(high[key]))
-        yield Finding(
-            "dropout-range", "prevents" if abs(high[worst]) >= 0.8 or high[worst] < 0 else "warning",
-            f"{s.key(worst)} is {high[worst]:g}; recipes that train use 0 to 0.3.",
-            "Most of every layer's output is set to 0 in training: a fresh model gets no usable signal through several such "
-            "layers and stays with blanks.", {s.key(key): value for key, value in high.items()},
-            [f"{s.key(worst)}=0.1"], 0.9, where=s.key(worst))
-    decay = s.number("model.optim.weight_decay")
-    if decay is None:
-        return
-    name = str(s.get("model.optim.name", "adamw")).lower()
-    try:
-        p = plan(subject)
-    except NotExamined:
-        p = None
-    coupled = name in ("adam", "sgd", "adamax", "radam", "rmsprop", "adagrad")
-    limit = 0.01 if coupled else 0.2
-    # What decay alone leaves of a weight by the end of the run.
-    left = None
-    if p is not None and p.peak and p.steps and not coupled:
-        left = math.exp(-decay * 0.5 * p.peak * p.steps)
-    if decay < 0 or decay > limit:
-        yield Finding(
-            "weight-decay-range", "prevents" if decay < 0 or decay > 5 * limit else "warning",
-            f"{s.key('model.optim.weight_decay')} is {decay:g}; with {name}, recipes that train use "
-            f"{'0 to 0.001' if coupled else '0 to 0.1'}.",
-            "Weights are drawn to 0 faster than gradients can build them up." if decay > 0 else
-            "A negative decay lets weights grow without limit.",
-            {"weight decay": decay, "optimizer": name, "left of a weight by decay alone": left},
-            [f"{s.key('model.optim.weight_decay')}={'1e-4' if coupled else '1e-2'}"], 0.85,
-            where=s.key("model.optim.weight_decay"))
-
-
-@check("schedule", faults=("precision-overflow",), needs=("config",))
-def precision(subject):
-    """Numbers are wide enough."""
-    s = subject.settings
-    value = str(s.get("trainer.precision", "32"))
-    cpu = s.get("trainer.accelerator") == "cpu"
-    half = value in ("16", "16-true", "16-mixed", "half")
-    if not half and value != "bf16-true":
-        return
-    true = value.endswith("true")
-    yield Finding(
-        "precision-overflow", "prevents" if value == "16-true" or half and cpu else "warning",
-        f"trainer.precision={value}" + (" on a CPU." if cpu else "."),
-        ("float16 holds numbers up to 65504 and down to 6e-8: sums over hundreds of frames of CTC, attention scores and "
-         "small gradients fall outside, and the loss is infinite or NaN." if half else
-         "bfloat16 keeps 8 bits of a number: with weights in it, most updates are rounded away.")
-        + (" Weights and optimizer state are kept in it too." if true else ""),
-        {"precision": value, "accelerator": s.get("trainer.accelerator", "-")},
-        ["trainer.precision=bf16-mixed, or 32; compute the CTC loss in float32 (log_probs.float())"],
-        0.9 if true or cpu else 0.6, where="trainer.precision")

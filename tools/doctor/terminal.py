@@ -31,7 +31,8 @@ def render_finding(finding: Finding, width: int = 110, colour: bool = False) -> 
     """The lines of one finding."""
     head = f"{HEADS[finding.weight]}  {finding.id}"
     where = f"  [{finding.where}]" if finding.where else ""
-    lines = [paint(head, _COLOURS[finding.weight], colour) + f"  ({finding.certainty}, {finding.confidence:.0%}){where}"]
+    lines = [paint(head, _COLOURS[finding.weight], colour) + f"  ({finding.certainty}, "
+                                                             f"{finding.confidence:.0%}){where}"]
     lines += _wrap("  symptom   ", finding.symptom, width)
     lines += _wrap("  cause     ", finding.cause, width)
     for name, value in finding.evidence.items():

@@ -27,7 +27,8 @@ def labels_are_sound(subject):
     if twice:
         yield _finding(
             "warning", f"Labels stand twice: {twice[:10]}.",
-            "Two outputs stand for one letter: texts use the one, the model may print the other. YAML also reads a bare y or "
+            "Two outputs stand for one letter: texts use the one, the model may print the other. YAML also reads a "
+            "bare y or "
             "n as a boolean.", {"twice": twice}, [f"{key}: each label once, quoted"], 0.9, key)
     long = [label for label in labels if len(label) != 1]
     if long:
@@ -39,8 +40,10 @@ def labels_are_sound(subject):
     sizes = {s.key(k): int(n) for k in ("model.decoder.num_classes",) if (n := s.number(k)) and n > 0}
     wrong = {k: n for k, n in sizes.items() if n != len(labels)}
     if wrong:
-        yield _finding("prevents", f"{next(iter(wrong))} is {next(iter(wrong.values()))}, there are {len(labels)} labels.",
-                       "The decoder has another number of outputs than there are labels (the blank is added to them by NeMo).",
+        yield _finding("prevents", f"{next(iter(wrong))} is {next(iter(wrong.values()))}, there are {len(labels)} "
+                                   "labels.",
+                       "The decoder has another number of outputs than there are labels (the blank is added to them by "
+                       "NeMo).",
                        {**wrong, "labels": len(labels)}, [f"{k}={len(labels)}" for k in wrong], 0.95, next(iter(wrong)))
     rows = subject.rows.get("train", []) if subject.has("manifests") else []
     if rows:
@@ -70,7 +73,8 @@ def tokens_cover_texts(subject):
         if not made:
             yield _finding("prevents", f"There is no tokenizer at {folder or 'model.tokenizer.dir, which is not set'}.",
                            "The model cannot be built without it.", {"folder": folder},
-                           ["python -m manifests.tokenizer TRAIN.json --out DIR (stage 2 of run.sh)", f"{key}=DIR"], 1.0, key)
+                           ["python -m manifests.tokenizer TRAIN.json --out DIR (stage 2 of "
+                            "run.sh)", f"{key}=DIR"], 1.0, key)
             return
         raise NotExamined("the tokenizer is inside the model")
     import sentencepiece
@@ -79,7 +83,8 @@ def tokens_cover_texts(subject):
         processor = sentencepiece.SentencePieceProcessor(model_file=str(path))
     except (RuntimeError, OSError) as error:
         yield _finding("prevents", f"{path} cannot be read: {' '.join(str(error).split())[:150]}.",
-                       "The file is broken or no sentencepiece model.", {}, ["make it again: python -m manifests.tokenizer"],
+                       "The file is broken or no sentencepiece model.", {}, ["make it again: python -m "
+                                                                             "manifests.tokenizer"],
                        1.0, str(path))
         return
     rows = subject.rows.get("train", [])
@@ -99,7 +104,8 @@ def tokens_cover_texts(subject):
             "data-upper-case" if capitals > 0.2 and share > 0.2 else "tokenizer-vocabulary",
             "prevents" if share > 0.05 else "warning",
             f"{share:.1%} of the tokens of the training texts are unknown to the tokenizer.",
-            "It was trained on other texts (another case, another language, another normalisation): what it does not know is "
+            "It was trained on other texts (another case, another language, another normalisation): what it does not "
+            "know is "
             "lost.", {"unknown": unknown, "of": total, "texts with capitals": round(capitals, 3)},
             ["lower-case the texts" if capitals > 0.2 else "train it on the texts of this corpus",
              "python -m manifests.tokenizer TRAIN.json --out DIR"], 0.95, where=str(path))

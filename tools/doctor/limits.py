@@ -1,0 +1,141 @@
+"""Limits that go with a schedule: gradient clipping, dropout, weight decay, precision. From the configuration; no torch."""
+
+from __future__ import annotations
+
+import math
+
+from omegaconf import DictConfig, ListConfig
+
+from tools.doctor.finding import Finding
+from tools.doctor.registry import NotExamined, check
+from tools.doctor.schedule import plan
+
+
+@check("limits", faults=("clip-missing", "clip-too-low"), needs=("config",))
+def clipping(subject):
+    """Gradients are clipped, at a limit that lets them move, by a name that is read."""
+    s = subject.settings
+    trainer = s.get("trainer")
+    stray = {key: value for key, value in _walk(s.cfg) if "clip" in key.rpartition(".")[2].lower() and "grad" in key.lower()
+             and key not in ("trainer.gradient_clip_val", "trainer.gradient_clip_algorithm") and value is not None
+             or key.rpartition(".")[2] in ("clip", "max_norm", "max_grad_norm", "clip_norm")
+             and not key.startswith(("model.encoder", "model.decoder"))}
+    value = s.number("trainer.gradient_clip_val")
+    optimizer = str(s.get("model.optim.name", "adamw")).lower()
+    if stray and not value:
+        yield Finding(
+            "clip-missing", "warning",
+            f"A limit for gradients is set as {', '.join(f'{k}={v}' for k, v in stray.items())}, a name that nothing "
+            "reads.",
+            "Lightning reads trainer.gradient_clip_val alone: gradients are not clipped.", {"read by nothing": stray},
+            [f"trainer.gradient_clip_val={next(iter(stray.values()))}"], 0.95, where=next(iter(stray)))
+        return
+    if trainer is None:
+        raise NotExamined("there is no trainer section")
+    if not value:
+        target = str(s.get("model.encoder._target_", "")).lower()
+        recurrent = any(word in target for word in ("rnn", "lstm", "gru", "deepspeech"))
+        yield Finding(
+            "clip-missing", "warning" if recurrent else "note",
+            "Gradients are not clipped (trainer.gradient_clip_val is not set).",
+            "CTC gives a few utterances gradients a hundred times the usual; recurrent networks throw what they have "
+            "learned "
+            "away in one such step.", {"trainer.gradient_clip_val": value},
+            ["trainer.gradient_clip_val=1.0"], 0.7 if recurrent else 0.4, where="trainer.gradient_clip_val")
+    elif value < 0:
+        yield Finding("clip-missing", "warning", f"trainer.gradient_clip_val={value:g} clips nothing.",
+                      "A negative limit turns gradients round or is ignored.", {"value": value},
+                      ["trainer.gradient_clip_val=1.0"], 0.9, where="trainer.gradient_clip_val")
+    elif value < 0.02:
+        plain = optimizer in ("sgd",)
+        yield Finding(
+            "clip-too-low", "prevents" if value < 1e-4 or plain else "warning",
+            f"Gradients are clipped to a norm of {value:g}; CTC models have norms of 1 to 100 while they train.",
+            "Every step is cut to next to nothing. With plain SGD nothing moves at all; Adam divides the scale out "
+            "again, "
+            "until its epsilon is larger than what is left.", {"limit": value, "optimizer": optimizer},
+            ["trainer.gradient_clip_val=1.0"], 0.9, where="trainer.gradient_clip_val")
+
+
+def _walk(node, prefix: str = ""):
+    """(dotted key, value) of all that is not a section."""
+    for key in node:
+        path = f"{prefix}.{key}" if prefix else str(key)
+        try:
+            value = node[key]
+        except Exception:  # missing or unresolved
+            continue
+        if isinstance(value, DictConfig):
+            yield from _walk(value, path)
+        elif isinstance(value, ListConfig):
+            for i, item in enumerate(value):
+                if isinstance(item, DictConfig):
+                    yield from _walk(item, f"{path}[{i}]")
+        else:
+            yield path, value
+
+
+@check("limits", faults=("dropout-range", "weight-decay-range"), needs=("config",))
+def regularisation(subject):
+    """Dropout and weight decay are within reason."""
+    s, p = subject.settings, None
+    rates = {key: float(value) for key, value in _walk(s.cfg) if key.startswith("model.")
+             and ("dropout" in key.rpartition(".")[2] or key.endswith("drop_prob"))
+             and isinstance(value, (int, float)) and not isinstance(value, bool)}
+    high = {key: value for key, value in rates.items() if value > 0.5 or value < 0}
+    if high:
+        worst = max(high, key=lambda key: abs(high[key]))
+        yield Finding(
+            "dropout-range", "prevents" if abs(high[worst]) >= 0.8 or high[worst] < 0 else "warning",
+            f"{s.key(worst)} is {high[worst]:g}; recipes that train use 0 to 0.3.",
+            "Most of every layer's output is set to 0 in training: a fresh model gets no usable signal through several "
+            "such "
+            "layers and stays with blanks.", {s.key(key): value for key, value in high.items()},
+            [f"{s.key(worst)}=0.1"], 0.9, where=s.key(worst))
+    decay = s.number("model.optim.weight_decay")
+    if decay is None:
+        return
+    name = str(s.get("model.optim.name", "adamw")).lower()
+    try:
+        p = plan(subject)
+    except NotExamined:
+        p = None
+    coupled = name in ("adam", "sgd", "adamax", "radam", "rmsprop", "adagrad")
+    limit = 0.01 if coupled else 0.2
+    # What decay alone leaves of a weight by the end of the run.
+    left = None
+    if p is not None and p.peak and p.steps and not coupled:
+        left = math.exp(-decay * 0.5 * p.peak * p.steps)
+    if decay < 0 or decay > limit:
+        yield Finding(
+            "weight-decay-range", "prevents" if decay < 0 or decay > 5 * limit or (left is not None and left < 0.05) else "warning",
+            f"{s.key('model.optim.weight_decay')} is {decay:g}; with {name}, recipes that train use "
+            f"{'0 to 0.001' if coupled else '0 to 0.1'}.",
+            "Weights are drawn to 0 faster than gradients can build them up." if decay > 0 else
+            "A negative decay lets weights grow without limit.",
+            {"weight decay": decay, "optimizer": name, "left of a weight by decay alone": left},
+            [f"{s.key('model.optim.weight_decay')}={'1e-4' if coupled else '1e-2'}"], 0.85,
+            where=s.key("model.optim.weight_decay"))
+
+
+@check("limits", faults=("precision-overflow",), needs=("config",))
+def precision(subject):
+    """Numbers are wide enough."""
+    s = subject.settings
+    value = str(s.get("trainer.precision", "32"))
+    cpu = s.get("trainer.accelerator") == "cpu"
+    half = value in ("16", "16-true", "16-mixed", "half")
+    if not half and value != "bf16-true":
+        return
+    true = value.endswith("true")
+    yield Finding(
+        "precision-overflow", "prevents" if value == "16-true" or half and cpu else "warning",
+        f"trainer.precision={value}" + (" on a CPU." if cpu else "."),
+        ("float16 holds numbers up to 65504 and down to 6e-8: sums over hundreds of frames of CTC, attention scores "
+         "and "
+         "small gradients fall outside, and the loss is infinite or NaN." if half else
+         "bfloat16 keeps 8 bits of a number: with weights in it, most updates are rounded away.")
+        + (" Weights and optimizer state are kept in it too." if true else ""),
+        {"precision": value, "accelerator": s.get("trainer.accelerator", "-")},
+        ["trainer.precision=bf16-mixed, or 32; compute the CTC loss in float32 (log_probs.float())"],
+        0.9 if true or cpu else 0.6, where="trainer.precision")
