@@ -1,7 +1,7 @@
 """Gradients clipped at a norm of 1e-6, with SGD: nothing moves."""
 
 from tests.tools.doctor.faults import Fault
-from tests.tools.doctor.setups import models, written
+from tests.tools.doctor.setups import written
 
 
 def make(folder):

@@ -5,7 +5,7 @@ from tests.tools.doctor.setups import live, models
 
 
 def make(folder):
-    return live(folder, "conv", preprocessor=models.preprocessor(log=False, normalize=None))
+    return live(folder, "transformer", preprocessor=models.preprocessor(log=False, normalize=None))
 
 
 FAULT = Fault("energies_not_logs", ("features-bad",), "before", make)

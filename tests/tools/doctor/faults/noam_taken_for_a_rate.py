@@ -1,7 +1,7 @@
 """`lr: 0.001` with NoamAnnealing, where it is a multiplier: the peak is 6e-7."""
 
 from tests.tools.doctor.faults import Fault
-from tests.tools.doctor.setups import models, written
+from tests.tools.doctor.setups import written
 
 
 def make(folder):

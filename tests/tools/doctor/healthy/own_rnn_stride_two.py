@@ -6,10 +6,9 @@ from tests.tools.doctor.setups import live, mine, models
 
 def make(folder):
     encoder = mine("tests.tools.doctor.setups.encoders", "SpeechRNN", dropout=0.1, strides=[2, 1])
-    sections = models.datasets(batch_size=4)
     given = live(folder, encoder, seed=11, spec_augment=models.spec_augment())
-    for name, section in sections.items():
-        given["model"].cfg[name].batch_size = section["batch_size"]
+    for name in ("train_ds", "validation_ds"):
+        given["model"].cfg[name].batch_size = 4
     return given
 
 

@@ -9,7 +9,7 @@ def make(folder):
     from tests.tools.doctor.setups.learning import learn
 
     given = live(folder, "conv")
-    learn(given["model"], tones.read(given["manifests"]["train"][0]), 120)
+    learn(given["model"], tones.read(given["manifests"]["train"][0]), 150)
     return given
 
 

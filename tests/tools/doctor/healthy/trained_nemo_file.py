@@ -9,7 +9,7 @@ def make(folder):
     from tests.tools.doctor.setups.learning import learn
 
     given = live(folder, "quartznet")
-    learn(given["model"], tones.read(given["manifests"]["train"][0]), 120)
+    learn(given["model"], tones.read(given["manifests"]["train"][0]), 150)
     given["model"].save_to(str(folder / "trained.nemo"))
     return {"model": str(folder / "trained.nemo"), "manifests": given["manifests"]}
 

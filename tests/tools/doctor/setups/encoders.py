@@ -50,13 +50,16 @@ class Encoder(NeuralModule, Exportable):
 
 
 class SpeechRNN(Encoder):
-    """DeepSpeech2 in small: two strided convolutions with LayerNorm, a bidirectional GRU, a projection."""
+    """DeepSpeech2 in small: two strided convolutions with LayerNorm, a bidirectional GRU, a projection.
+
+    The convolutions see 50 ms, half a letter of the tone speech: to know it, the recurrence is needed.
+    """
 
     def __init__(self, feat_in: int, hidden: int = 48, layers: int = 1, dropout: float = 0.0, strides=(2, 2)):
         super().__init__()
         self._feat_in, self._feat_out, self.hidden, self.strides = feat_in, hidden, hidden, tuple(strides)
-        self.conv1 = nn.Conv1d(feat_in, hidden, 5, strides[0], 2)
-        self.conv2 = nn.Conv1d(hidden, hidden, 5, strides[1], 2)
+        self.conv1 = nn.Conv1d(feat_in, hidden, 3, strides[0], 1)
+        self.conv2 = nn.Conv1d(hidden, hidden, 1, strides[1])
         self.norm1, self.norm2 = nn.LayerNorm(hidden), nn.LayerNorm(hidden)
         self.rnn = nn.GRU(hidden, hidden, layers, batch_first=True, bidirectional=True)
         self.out = nn.Linear(2 * hidden, hidden)

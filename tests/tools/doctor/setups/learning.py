@@ -9,14 +9,15 @@ import numpy as np
 import torch
 
 from recipes.metrics import count_errors
-from tests.tools.doctor.setups.tones import samples
+from tests.tools.doctor.setups.tones import RATE, samples
 
 
 def encoder_of(model):
-    """Text to targets as NeMo does it: characters outside the labels are dropped in silence."""
+    """Text to targets as NeMo's data set does it: by its own labels, others dropped in silence."""
     if model.cfg.get("tokenizer"):
         return model.tokenizer.text_to_ids
-    index = {label: i for i, label in enumerate(model.cfg.labels)}
+    section = model.cfg.get("train_ds") or {}
+    index = {label: i for i, label in enumerate(section.get("labels") or model.cfg.labels)}
     return lambda text: [index[c] for c in text if c in index]
 
 
@@ -30,12 +31,14 @@ def batch(model, rows: list[dict]):
             torch.tensor([len(t) for t in targets]))
 
 
-def learn(model, rows: list[dict], steps: int = 150, lr: float = 5e-3, size: int = 16, seed: int = 0, optimizer=None,
+def learn(model, rows: list[dict], steps: int = 100, lr: float = 1e-2, size: int = 8, seed: int = 0, optimizer=None,
           schedule=None, clip: float | None = 1.0, warm: int = 20) -> list[float]:
     """Losses of `steps` plain steps of AdamW over shuffled batches; `schedule(step)` gives the rate's factor."""
     generator = np.random.default_rng(seed)
     torch.manual_seed(seed)
-    optimizer = optimizer or torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=lr)
+    if optimizer is None:
+        model.setup_optimizer_param_groups()  # what the model itself gives to its optimizer
+        optimizer = torch.optim.AdamW(model._optimizer_param_groups, lr=lr)
     base = [group["lr"] for group in optimizer.param_groups]
     losses, order = [], []
     model.train()
@@ -59,19 +62,20 @@ def learn(model, rows: list[dict], steps: int = 150, lr: float = 5e-3, size: int
     return losses
 
 
-def transcribe(model, rows: list[dict], size: int = 16) -> list[str]:
-    """Greedy texts by the model's own decoding, in evaluation mode, in batches of `size`."""
+def transcribe(model, rows: list[dict], size: int = 16, padding: float = 0.0) -> list[str]:
+    """Greedy texts by the model's own decoding, evaluating batches of `size` that are `padding` seconds too long."""
     model.eval()
     texts = []
     with torch.no_grad():
         for start in range(0, len(rows), size):
             audio, lengths, _, _ = batch(model, rows[start : start + size])
+            audio = torch.nn.functional.pad(audio, (0, int(padding * RATE)))
             log_probs, out_lengths, _ = model.forward(input_signal=audio, input_signal_length=lengths)
             found = model.decoding.ctc_decoder_predictions_tensor(log_probs, decoder_lengths=out_lengths)
             texts += [text if isinstance(text, str) else text.text for text in found]
     return texts
 
 
-def character_errors(model, rows: list[dict], size: int = 16) -> float:
+def character_errors(model, rows: list[dict], size: int = 16, padding: float = 0.0) -> float:
     """Character error rate, 0 to above 1."""
-    return count_errors([row["text"] for row in rows], transcribe(model, rows, size))[1].rate
+    return count_errors([row["text"] for row in rows], transcribe(model, rows, size, padding))[1].rate

@@ -28,7 +28,7 @@ def spec_augment(**more) -> dict:
             "time_masks": 2, "time_width": 0.03, **more}
 
 
-def datasets(manifests: dict | None = None, batch_size: int = 16) -> dict:
+def datasets(manifests: dict | None = None, batch_size: int = 8) -> dict:
     """`train_ds` and `validation_ds` of NeMo's own loader."""
     given = {key: value if isinstance(value, str) else value[0] for key, value in (manifests or {}).items()}
     train = {"manifest_filepath": given.get("train"), "sample_rate": RATE, "labels": LABELS, "batch_size": batch_size,
