@@ -1,5 +1,4 @@
-"""Finds the first module whose output is not finite, or exploding, by computing the batch again with every module
-watched.
+"""Finds the first module whose output is not finite, or exploding, by computing the batch again under watch.
 
 Runs at the parameters with which it happened, before the optimizer has touched them; random states and buffers are as
 they were before and are put back after.
@@ -77,8 +76,6 @@ class Watch:
 
     def _growth(self, module, tensor: Tensor):
         """Largest absolute value in each frame, for outputs with a time axis that can be told."""
-        if getattr(module, "bidirectional", False):  # the other direction grows towards the first frame
-            tensor = tensor[..., : tensor.shape[-1] // 2]
         if tensor.dim() < 3:
             return None
         axes = [axis for axis in range(tensor.dim()) if tensor.shape[axis] in self.times]
@@ -87,9 +84,21 @@ class Watch:
         if not axes:
             return None
         axis = axes[0]
-        per_frame = tensor.detach().float().abs().movedim(axis, 0).flatten(1).amax(dim=1)
+        frames = tensor.detach().float().abs().movedim(axis, 0)
+        if getattr(module, "bidirectional",
+            False):  # one direction grows towards the last frame, the other to the first
+            ahead, back = frames.chunk(2, dim=-1)
+            frames = max((ahead, back.flip(0)), key=_swelling)
+        per_frame = frames.flatten(1).amax(dim=1)
         keep = torch.linspace(0, len(per_frame) - 1, min(len(per_frame), 200), device=per_frame.device).long().unique()
         return keep.tolist(), per_frame[keep].tolist()
+
+
+def _swelling(frames: Tensor) -> float:
+    """How much larger the last frames of (T, ...) are than the first; infinite where they are not finite."""
+    quarter = max(len(frames) // 4, 1)
+    times = float(frames[-quarter:].amax() / frames[:quarter].amax().clamp(min=1e-30))
+    return times if math.isfinite(times) else math.inf
 
 
 def tensors(value) -> list[Tensor]:

@@ -20,6 +20,7 @@ from torch import Tensor
 
 from tools.doctor import listen, utterances
 from tools.doctor.autopsy import RandomState, Watch, broken_parameters, examine_batch
+from tools.doctor.causes import name_causes
 from tools.doctor.finding import Finding, Report
 from tools.doctor.frames import Frames, Gradients, Movement
 from tools.doctor.live import optimizer_findings, planned_steps, probe_model, run_folder, scanned, schedule_findings
@@ -336,6 +337,8 @@ class Doctor(Callback):
         troubled = any(f.id.startswith("run-") and f.weight != "note" for f in found)
         if probes and troubled and self._model is not None:
             report = probe_model(self._model, report)
+        report.findings = name_causes(report.findings)
+        report.sort()
         report.ruled_out = sorted(set(report.ruled_out) - set(report.ids))
         return report
 

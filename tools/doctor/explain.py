@@ -1,5 +1,4 @@
-"""Reads what a run left behind into a Trace: curve.csv of ours, CSV logs, TensorBoard events, NeMo's and Lightning's
-text logs.
+"""Reads what a run left behind into a Trace: curve.csv of ours, CSV logs, TensorBoard events, text logs.
 
 `python -m tools.doctor explain RUN_DIR` runs the checks of the families "run" and "metrics" on it, and those of the
 data and the schedule on what its configuration names. Nothing is unpickled but tensors. Torch and TensorBoard are
@@ -101,12 +100,20 @@ def _plan(trace: Trace, settings) -> None:
 
 
 def _columns(folder: Path, trace: Trace) -> dict[str, Points]:
-    """Column -> points, from the best source there is; names the source in `trace.sources`."""
-    for path in [folder / "curve.csv", *sorted(folder.rglob("metrics.csv"), key=_age)[:1]]:
-        if path.is_file() and (columns := read_csv(path)):
-            trace.sources.append(str(path.relative_to(folder)))
-            return columns
+    """Column -> points, from our curve, else CSV logs; what they lack from TensorBoard. Sources go into the trace."""
     events = sorted(folder.rglob("events.out.tfevents.*"), key=lambda p: p.stat().st_mtime)
+    logged = _event_columns(folder, events, trace)
+    for path in [folder / "curve.csv", *sorted(folder.rglob("metrics.csv"), key=_age)]:
+        if path.is_file() and path.parent.name != "doctor" and (columns := read_csv(path)):
+            trace.sources.insert(0, str(path.relative_to(folder)))
+            known = {series for series, names in NAMES.items() if any(columns.get(name) for name in names)}
+            more = [name for series, names in NAMES.items() if series not in known for name in names if name in logged]
+            return {**columns, **{name: logged[name] for name in more}}
+    return logged
+
+
+def _event_columns(folder: Path, events: list[Path], trace: Trace) -> dict[str, Points]:
+    """Columns of TensorBoard files, oldest first; the wait for data goes into the trace."""
     columns: dict[str, Points] = {}
     for path in events[-20:]:
         found, waits = read_events(path)

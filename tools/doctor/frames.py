@@ -1,5 +1,4 @@
-"""What is measured of a live step now and then: its frames and targets, its gradients, and how far it moves the
-weights."""
+"""What is measured of a live step now and then: frames, targets, gradients, and how far it moves the weights."""
 
 from __future__ import annotations
 

@@ -113,7 +113,9 @@ def _at(points, step) -> float:
 
 def _lost_to_rate(trace: Trace, curve, rates, plots) -> list[Finding]:
     """It learned at a lower rate and lost it as the rate rose."""
-    good, bad = _at(rates, curve.best_step), max(v for s, v in rates if s <= (curve.lost_step or curve.last_step))
+    # The best of the smoothed loss lags a little behind the best of the loss.
+    good = min((v for s, v in rates if 0.9 * curve.best_step <= s <= curve.best_step), default=0.0)
+    bad = max(v for s, v in rates if s <= (curve.lost_step or curve.last_step))
     if good > 0 and bad > 1.5 * good:
         return [lr_too_high(
             trace, f"the loss was {curve.best:.3g} at step {curve.best_step} with a rate of {good:.2g}, and rose to "
@@ -382,7 +384,7 @@ def diagnose(trace: Trace) -> tuple[list[Finding], list[str], list[str]]:
         try:
             new = rule(trace)
             found += new
-            if not _undecided(new):
+            if not _undecided(rule, new):
                 ruled += faults
         except NotExamined as reason:
             missing.append(f"run: {rule.__doc__.splitlines()[0].rstrip('.')}: {reason}")
@@ -390,8 +392,9 @@ def diagnose(trace: Trace) -> tuple[list[Finding], list[str], list[str]]:
     return _once(found), sorted(set(ruled) - ids), missing
 
 
-def _undecided(found: list[Finding]) -> bool:
-    return any(finding.id == "run-early" and "every CTC run starts so" in finding.symptom for finding in found)
+def _undecided(rule, found: list[Finding]) -> bool:
+    """Whether a rule only said that it is too early, so that its faults are not ruled out."""
+    return rule is progress and any(finding.id == "run-early" for finding in found)
 
 
 def _once(findings: list[Finding]) -> list[Finding]:
@@ -416,7 +419,7 @@ def _register() -> None:
                 return  # the callback has seen more than the curve shows
             found = rule(trace)
             yield from found
-            if _undecided(found):
+            if _undecided(rule, found):
                 raise NotExamined("too early to tell a plateau from the start")
 
         examine_run.__name__ = rule.__name__

@@ -14,6 +14,7 @@ import math
 from pathlib import Path
 
 from tools.doctor.finding import Finding, Plot
+from tools.doctor.registry import NotExamined
 
 FOLDER = Path(__file__).resolve().parent
 COLUMNS = ("loss_per_char", "blank_rate", "grad_norm", "val_wer", "val_cer")
@@ -87,6 +88,8 @@ def outside(trace) -> list[Finding]:
     band = load(trace.recipe, trace.corpus)
     if band is None or trace.last_step < 5:
         return []
+    if trace.planned and not 0.5 < trace.planned / band["steps"] < 2:
+        raise NotExamined(f"the run is planned for {trace.planned} steps, those of the band had {band['steps']}")
     rows, out = {}, []
     for column, name in SERIES.items():
         points = [(s, v) for s, v in trace.get(name) if math.isfinite(v)]
