@@ -8,12 +8,18 @@ from tools.doctor.finding import WEIGHTS, Finding
 
 # cause -> what else it makes look wrong. Where both are found, the effect becomes a note that names its cause.
 EFFECTS: dict[str, tuple[str, ...]] = {
-    "batch-leak": ("padding-leak", "norm-padding", "time-scrambled", "train-eval-differ", "length-mismatch", "loss-wrong",
-                   "vanishes"),
-    "softmax-axis": ("not-log-probs", "batch-leak", "padding-leak", "time-scrambled", "loss-wrong", "vanishes", "norm-padding",
-                     "train-eval-differ"),
+    "batch-leak": (
+        "padding-leak", "norm-padding", "time-scrambled", "train-eval-differ", "length-mismatch", "loss-wrong",
+        "vanishes",
+    ),
+    "softmax-axis": (
+        "not-log-probs", "batch-leak", "padding-leak", "time-scrambled", "loss-wrong", "vanishes", "norm-padding",
+        "train-eval-differ",
+    ),
     "not-log-probs": ("loss-wrong", "vanishes", "explodes", "train-eval-differ"),
-    "output-constant": ("not-log-probs", "vanishes", "no-gradient", "time-scrambled", "padding-leak", "train-eval-differ"),
+    "output-constant": (
+        "not-log-probs", "vanishes", "no-gradient", "time-scrambled", "padding-leak", "train-eval-differ",
+    ),
     "time-scrambled": ("padding-leak", "norm-padding"),
     "length-mismatch": ("data-target-too-long", "loss-wrong", "length-ignored", "padding-leak"),
     "length-ignored": ("padding-leak", "norm-padding", "length-mismatch"),
@@ -21,8 +27,10 @@ EFFECTS: dict[str, tuple[str, ...]] = {
     "label-order": ("tokenizer-vocabulary",),
     "frozen": ("no-gradient", "not-in-optimizer"),
     "no-gradient": ("vanishes",),
-    "explodes": ("vanishes", "time-scrambled", "padding-leak", "train-eval-differ", "batch-leak", "output-constant",
-                 "norm-padding", "loss-wrong", "no-gradient"),
+    "explodes": (
+        "vanishes", "time-scrambled", "padding-leak", "train-eval-differ", "batch-leak", "output-constant",
+        "norm-padding", "loss-wrong", "no-gradient",
+    ),
     "features-bad": ("norm-padding", "explodes", "vanishes", "time-scrambled", "output-constant"),
     "vanishes": ("not-log-probs", "train-eval-differ", "time-scrambled"),
     "data-silence": ("features-bad", "data-scale"),

@@ -307,9 +307,11 @@ def same_audio(rows: list[dict], others: list[dict] | None = None) -> list[tuple
     for row in rows:
         groups[row["text"], round(row["duration"], 2)].append(row)
     pairs = []
-    candidates = [(members[0], member) for members in groups.values() for member in members[1:]] if others is None else [
-        (first, other) for other in others for first in groups.get((other["text"], round(other["duration"], 2)), ())[:3]
-    ]
+    if others is None:
+        candidates = [(members[0], member) for members in groups.values() for member in members[1:]]
+    else:
+        candidates = [(first, other) for other in others
+                      for first in groups.get((other["text"], round(other["duration"], 2)), ())[:3]]
     for first, second in candidates:
         paths = first["audio_filepath"], second["audio_filepath"]
         if paths[0] == paths[1] or first.get("offset") or second.get("offset"):
@@ -341,14 +343,15 @@ def leakage(subject):
     for file, (utterances, found) in shared.items():
         share = lines_of(found) / utterances
         symptom = f"{lines_of(found)} of {utterances} utterances of {file} are in train too."
-        yield _leak(file, share, symptom, {"utterances": lines_of(found), "of": utterances, "first": examples(found)}, 1.0)
+        evidence = {"utterances": lines_of(found), "of": utterances, "first": examples(found)}
+        yield _leak(file, share, symptom, evidence, 1.0)
     for role in ("validation", "test"):
         rows = subject.rows.get(role, [])
         pairs = same_audio(subject.rows.get("train", []), rows) if rows else []
         file = pairs[0][1]["_at"].rpartition(":")[0] if pairs else ""
         if pairs and os.path.normpath(file) not in shared:
             first = [f"{b['audio_filepath']} is {a['audio_filepath']}" for a, b in pairs[:EXAMPLES]]
-            symptom = f"{len(pairs)} of {len(rows)} utterances for {role} are, byte by byte, in train under other names."
+            symptom = f"{len(pairs)} of {len(rows)} utterances for {role} are in train under other names, byte by byte."
             yield _leak(file, len(pairs) / len(rows), symptom, {"utterances": len(pairs), "first": first}, 1.0)
     yield from _shared_texts(subject, set(shared) | train)
 

@@ -190,8 +190,8 @@ def recurrence_is_bounded(subject):
             # Largest gain 3 along some direction: a trained recurrence has gains over 1.
             weight.copy_(nn.init.orthogonal_(torch.empty_like(weight)) * 3.0)
         short, long = (_recurrent_size(probe, frames) for frames in (100, 400))
-    grown = [(name, short.get(name, 0.0), after) for name, after in long.items()
-             if not math.isfinite(after) or after > 1e3 * max(before.get(name, 1.0), 1.0) and after > 50 * short.get(name, 1.0)]
+    grown = [(name, short.get(name, 0.0), after) for name, after in long.items() if not math.isfinite(after)
+             or after > 1e3 * max(before.get(name, 1.0), 1.0) and after > 50 * short.get(name, 1.0)]
     if grown:
         name, early, after = grown[0]
         yield Finding(
@@ -212,9 +212,8 @@ def _recurrent_size(probe, frames: int) -> dict[str, float]:
     found: dict[str, float] = {}
     handles = []
     for name, module in probe.model.named_modules():
-        own = [n for n, p in module.named_parameters(recurse=True) if "weight_hh" in n or "recurrent" in n.rpartition(".")[2]]
-        direct = any("." not in n for n in own)
-        if direct or isinstance(module, nn.RNNBase):
+        own = [n for n, _ in module.named_parameters(recurse=False) if "weight_hh" in n or "recurrent" in n]
+        if own or isinstance(module, nn.RNNBase):
             def hook(m, args, output, name=name):
                 from tools.doctor.tracing import first_tensor
                 tensor = first_tensor(output)

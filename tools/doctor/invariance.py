@@ -39,7 +39,8 @@ def padding_changes_nothing(subject):
         if not change > NEGLIGIBLE:
             return
         found = first_difference(trace(probe.model, runs["alone"]), trace(probe.model, runs["padded"]), 1e-3)
-    per_frame = (out_padded - out).square().mean(dim=1).sqrt() / (out - out.mean(dim=0)).square().mean().sqrt().clamp(min=1e-9)
+    spread = (out - out.mean(dim=0)).square().mean().sqrt().clamp(min=1e-9)
+    per_frame = (out_padded - out).square().mean(dim=1).sqrt() / spread
     touched = torch.nonzero(per_frame > max(NEGLIGIBLE, 0.02 * float(per_frame.max()))).flatten()
     first = int(touched[0]) if len(touched) else 0
     reach = (valid - first) / valid
@@ -97,7 +98,8 @@ def _is_norm(a, b, inside: bool) -> bool:
     if a.entered is None or b.entered is None or (pair := shortened(a.entered, b.entered)) is None:
         return False
     one, two = (tensor.double().squeeze() for tensor in pair)
-    axis = next((i for i, (p, q) in enumerate(zip(a.entered.squeeze().shape, b.entered.squeeze().shape)) if p != q), None)
+    sizes = zip(a.entered.squeeze().shape, b.entered.squeeze().shape)
+    axis = next((i for i, (p, q) in enumerate(sizes) if p != q), None)
     if axis is None or one.dim() != 2 or one.shape[axis] < 8:
         return False
     one, two = (one, two) if axis == 1 else (one.T, two.T)  # (D, T)
@@ -164,14 +166,10 @@ def modes_agree(subject):
     with probe.ready(), torch.no_grad():
         x, lengths = probe.features()
         x, lengths = x[:2, :, : int(lengths[:2].max())], lengths[:2]
+        _statistics_of(probe, x, lengths)
         evaluated, eval_lengths = probe.forward(x, lengths)
         _finite(evaluated)
         steps = trace(probe.model, lambda: probe.forward(x, lengths))
-        _batch_momentum(probe)  # the same two items in both modes
-        probe.model.train()
-        probe.forward(x, lengths)
-        probe.model.eval()
-        evaluated, eval_lengths = probe.forward(x, lengths)
         probe.model.train()
         trained, train_lengths = probe.forward(x, lengths)
         by_chance = _by_chance(probe, x, lengths, trained)
@@ -183,10 +181,7 @@ def modes_agree(subject):
         change = _mode_change(evaluated, trained, eval_lengths, train_lengths)
     if not by_chance and change <= 0.1 and own_dropouts(probe.model) and subject.seconds_left() > 20:
         with probe.ready(own_dropout=True), torch.no_grad():
-            _batch_momentum(probe)
-            probe.model.train()
-            probe.forward(x, lengths)
-            probe.model.eval()
+            _statistics_of(probe, x, lengths)
             evaluated, eval_lengths = probe.forward(x, lengths)
             probe.model.train()
             by_chance = True
@@ -211,11 +206,36 @@ def modes_agree(subject):
         )
 
 
-def _batch_momentum(probe) -> None:
-    """Running statistics become those of the next batch; undone by `untouched`."""
-    for module in probe.model.modules():
-        if getattr(module, "running_mean", None) is not None and isinstance(getattr(module, "momentum", None), float):
+def with_statistics(model) -> list:
+    """(name, module) of those that keep running statistics."""
+    return [(name, m) for name, m in model.named_modules() if isinstance(getattr(m, "running_mean", None), Tensor)]
+
+
+def _statistics_of(probe, x, lengths) -> None:
+    """Sets running statistics to those of this batch, and leaves the model in eval mode; undone by `untouched`.
+
+    torch's running variance is that over n - 1, its batch's over n: through many layers that little grows, and is taken
+    out here.
+    """
+    handles = []
+
+    def as_in_batch(module, args, output):
+        if module.training and module.running_var is not None and args[0].numel() > args[0].shape[1]:
+            count = args[0].numel() / args[0].shape[1]
+            module.running_var.mul_((count - 1) / count)
+
+    for _, module in with_statistics(probe.model):
+        if isinstance(getattr(module, "momentum", None), float):
             module.momentum = 1.0
+        if isinstance(module, torch.nn.modules.batchnorm._BatchNorm):
+            handles.append(module.register_forward_hook(as_in_batch))
+    try:
+        probe.model.train()
+        probe.forward(x, lengths)
+    finally:
+        for handle in handles:
+            handle.remove()
+    probe.model.eval()
 
 
 def _by_chance(probe, x, lengths, trained: Tensor) -> bool:
@@ -239,7 +259,7 @@ def _mode_change(evaluated, trained, eval_lengths, train_lengths) -> float:
 def running_statistics_follow(subject):
     """Running statistics follow those of the batches."""
     probe = subject.probe
-    named = [(name, m) for name, m in probe.model.named_modules() if isinstance(getattr(m, "running_mean", None), Tensor)]
+    named = with_statistics(probe.model)
     if not named:
         return
     # One batch takes old statistics to (1 - m) old + m new: two starts that are 10 apart end 10 (1 - m) apart.
@@ -276,7 +296,7 @@ def running_statistics_follow(subject):
 def batch_statistics_leave_padding_out(subject):
     """Batch statistics in training are those of speech, not of padding."""
     probe = subject.probe
-    named = [(name, m) for name, m in probe.model.named_modules() if isinstance(getattr(m, "running_mean", None), Tensor)]
+    named = with_statistics(probe.model)
     if not named:
         return
     found = []

@@ -1,4 +1,4 @@
-"""Limits that go with a schedule: gradient clipping, dropout, weight decay, precision. From the configuration; no torch."""
+"""What goes with a schedule: clipping, dropout, weight decay, precision. From the configuration; no torch."""
 
 from __future__ import annotations
 
@@ -16,10 +16,7 @@ def clipping(subject):
     """Gradients are clipped, at a limit that lets them move, by a name that is read."""
     s = subject.settings
     trainer = s.get("trainer")
-    stray = {key: value for key, value in _walk(s.cfg) if "clip" in key.rpartition(".")[2].lower() and "grad" in key.lower()
-             and key not in ("trainer.gradient_clip_val", "trainer.gradient_clip_algorithm") and value is not None
-             or key.rpartition(".")[2] in ("clip", "max_norm", "max_grad_norm", "clip_norm")
-             and not key.startswith(("model.encoder", "model.decoder"))}
+    stray = {key: value for key, value in _walk(s.cfg) if _looks_like_a_limit(key) and value is not None}
     value = s.number("trainer.gradient_clip_val")
     optimizer = str(s.get("model.optim.name", "adamw")).lower()
     if stray and not value:
@@ -55,6 +52,16 @@ def clipping(subject):
             "again, "
             "until its epsilon is larger than what is left.", {"limit": value, "optimizer": optimizer},
             ["trainer.gradient_clip_val=1.0"], 0.9, where="trainer.gradient_clip_val")
+
+
+def _looks_like_a_limit(key: str) -> bool:
+    name = key.rpartition(".")[2].lower()
+    if key in ("trainer.gradient_clip_val", "trainer.gradient_clip_algorithm"):
+        return False
+    if "clip" in name and "grad" in key.lower():
+        return True
+    return name in ("clip", "max_norm", "max_grad_norm", "clip_norm") and not key.startswith(
+        ("model.encoder", "model.decoder"))
 
 
 def _walk(node, prefix: str = ""):
@@ -108,7 +115,8 @@ def regularisation(subject):
         left = math.exp(-decay * 0.5 * p.peak * p.steps)
     if decay < 0 or decay > limit:
         yield Finding(
-            "weight-decay-range", "prevents" if decay < 0 or decay > 5 * limit or (left is not None and left < 0.05) else "warning",
+            "weight-decay-range",
+            "prevents" if decay < 0 or decay > 5 * limit or (left is not None and left < 0.05) else "warning",
             f"{s.key('model.optim.weight_decay')} is {decay:g}; with {name}, recipes that train use "
             f"{'0 to 0.001' if coupled else '0 to 0.1'}.",
             "Weights are drawn to 0 faster than gradients can build them up." if decay > 0 else

@@ -1,4 +1,4 @@
-"""Does what is said at a time come out at that time? Perturbs stretches of the input and sees where the output moves."""
+"""Does what is said at a time come out at that time? Perturbs stretches of input and sees where the output moves."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ def influence(probe, x, lengths):
 
 
 def order(moves) -> tuple[float, list[float]]:
-    """(correlation of an output frame's place with that of the input it depends on, that place of each frame, 0 to 1)."""
+    """(correlation of an output frame's place with that of the input it depends on, that place of each frame)."""
     weight = moves.double().square()
     total = weight.sum(dim=0)
     heard = total > 1e-4 * total.median().clamp(min=1e-30)

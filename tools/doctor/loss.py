@@ -10,6 +10,7 @@ from tools.doctor.finding import Finding
 from tools.doctor.registry import NotExamined, check
 
 TOLERANCE = 0.01  # relative
+STOOD_IN_FOR = ("log", "log_dict", "_trainer", "_optimizer", "_train_dl")  # attributes of a model, for one step
 
 
 def call_loss(model, log_probs: Tensor, targets: Tensor, input_lengths: Tensor, target_lengths: Tensor) -> Tensor:
@@ -201,8 +202,10 @@ def run_training_step(probe) -> TrainingStep:
         if step.given is None and len(values) >= 4 and all(isinstance(v, Tensor) for v in values[:4]):
             step.given = tuple(value.detach() for value in values[:4])
 
-    handle = own_loss.register_forward_pre_hook(remember, with_kwargs=True) if isinstance(own_loss, torch.nn.Module) else None
-    held = {name: vars(model)[name] for name in ("log", "log_dict", "_trainer", "_optimizer", "_train_dl") if name in vars(model)}
+    handle = None
+    if isinstance(own_loss, torch.nn.Module):
+        handle = own_loss.register_forward_pre_hook(remember, with_kwargs=True)
+    held = {name: vars(model)[name] for name in STOOD_IN_FOR if name in vars(model)}
     try:
         stand_in_for_trainer(model)
         torch.manual_seed(5)
@@ -216,7 +219,7 @@ def run_training_step(probe) -> TrainingStep:
     finally:
         if handle is not None:
             handle.remove()
-        for name in ("log", "log_dict", "_trainer", "_optimizer", "_train_dl"):
+        for name in STOOD_IN_FOR:
             vars(model).pop(name, None)
             if name in held:
                 object.__setattr__(model, name, held[name])

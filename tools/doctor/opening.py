@@ -41,12 +41,36 @@ def open_model(subject: Subject):
         if not isinstance(given, torch.nn.Module) or not hasattr(given, "forward"):
             raise _unreadable(f"The model given is a {type(given).__name__}.", "model",
                               ["give an EncDecCTCModel, or the path of a .nemo or checkpoint"])
-        return Probe(given, subject, device=device, own=False)
+        return _that_runs(Probe(given, subject, device=device, own=False))
     if given is not None:
         model = _restore(Path(given), subject)
     else:
         model = build(subject.settings)
-    return Probe(model, subject, device=device, own=True)
+    return _that_runs(Probe(model, subject, device=device, own=True))
+
+
+def _that_runs(probe):
+    """The probe, once its model has come through one batch of sound; raises ModelUnreadable where it does not."""
+    import torch
+
+    from tools.doctor.probe import untouched
+
+    try:
+        with untouched(probe.model), torch.no_grad():
+            probe.model.eval()
+            audio, lengths = probe.audio_batch(probe.items(2))
+            probe.model.forward(input_signal=audio, input_signal_length=lengths)
+    except Exception as error:  # whatever anybody's forward raises
+        frame = error.__traceback__
+        while frame.tb_next is not None and "torch/nn" not in frame.tb_next.tb_frame.f_code.co_filename:
+            frame = frame.tb_next
+        where = f"{Path(frame.tb_frame.f_code.co_filename).name}:{frame.tb_lineno}"
+        raise does_not_build(
+            error, where, "The parts do not fit together: a width, a number of axes or an argument that the next part "
+            "does not take.", [f"mend what the message says, at {where}; the widths in question are feat_in, feat_out, "
+                               "features and num_classes"], "does not run"
+        ) from error
+    return probe
 
 
 def _unreadable(symptom: str, where: str, fix: list[str]) -> ModelUnreadable:
@@ -56,11 +80,13 @@ def _unreadable(symptom: str, where: str, fix: list[str]) -> ModelUnreadable:
     )
 
 
-def does_not_build(error: BaseException, where: str, cause: str, fix: list[str]) -> ModelUnreadable:
-    """The finding for a configuration that does not build a model."""
+def does_not_build(
+    error: BaseException, where: str, cause: str, fix: list[str], what: str = "cannot be built"
+) -> ModelUnreadable:
+    """The finding for a model that cannot be built, or does not run."""
     line = " ".join(str(error).split())[:400] or "no message"
     return ModelUnreadable(
-        Finding("model-does-not-build", "prevents", f"The model cannot be built: {type(error).__name__}: {line}", cause,
+        Finding("model-does-not-build", "prevents", f"The model {what}: {type(error).__name__}: {line}", cause,
                 {"error": f"{type(error).__name__}: {line}"}, fix, 1.0, where=where)
     )
 
@@ -89,7 +115,7 @@ def build(settings):
 
 
 def without_data(model_cfg: DictConfig) -> DictConfig:
-    """The model's section without data sets, which are read here by other means, and without values that are missing."""
+    """The model's section without data sets, which are read by other means, and without values that are missing."""
     whole = OmegaConf.create({"model": model_cfg})
     if model_cfg._get_parent() is not None:  # interpolations reach outside the section
         root = copy.deepcopy(model_cfg._get_root())

@@ -98,10 +98,11 @@ def _not_normalised(probe, x, lengths, out, off):
     probability = float(out.min()) >= 0 and float(out.max()) <= 1
     sums = float(out.sum(dim=2).sub(1).abs().mean())
     if probability and sums < NORMALISED:
-        seen, cause = "Outputs are probabilities, not their logarithms.", "softmax is applied where log_softmax belongs."
+        seen = "Outputs are probabilities, not their logarithms."
+        cause = "softmax is applied where log_softmax belongs."
     else:
-        seen = f"Outputs are not log-probabilities: the log of their sum over the labels is {off[2]:.2f} on average, not 0."
-        cause = "log_softmax is missing (raw scores reach the loss), or is taken over another axis or before a later layer."
+        seen = f"Outputs are not log-probabilities: the log of their sum over the labels is {off[2]:.2f}, not 0."
+        cause = "log_softmax is missing (raw scores reach the loss), or is taken over another axis or too early."
     yield Finding(
         "not-log-probs",
         "prevents" if _loss_minds(probe, x, lengths, out) else "note",

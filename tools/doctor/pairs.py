@@ -236,7 +236,8 @@ def residuals(rows: list[dict], duration: np.ndarray) -> tuple[np.ndarray, np.nd
         residual = duration - predicted - pace
         weight = 1 / (1 + (residual / (2 * _spread(residual))) ** 2)
     generator = np.random.default_rng(0)
-    shuffled = np.concatenate([duration - predicted[p] - pace for p in (generator.permutation(len(rows)) for _ in range(5))])
+    orders = [generator.permutation(len(rows)) for _ in range(5)]
+    shuffled = np.concatenate([duration - predicted[shuffle] - pace for shuffle in orders])
     return residual - np.median(residual), shuffled - np.median(shuffled)
 
 

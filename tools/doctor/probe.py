@@ -18,6 +18,10 @@ from torch.overrides import TorchFunctionMode
 
 DROPOUTS = {"dropout", "dropout_", "dropout1d", "dropout2d", "dropout3d", "alpha_dropout", "alpha_dropout_",
             "feature_dropout", "feature_dropout_", "feature_alpha_dropout"}
+# Attributes of a model, other than plain values, that a step or the making of an optimizer replaces.
+HELD = (
+    "_optimizer", "_scheduler", "_optimizer_param_groups", "step_stats", "infeasible_seen", "_statistics", "_trainer"
+)
 SPEECH_FRAMES = (190, 320, 250, 280)  # of made-up items, when there is no audio: lengths differ on purpose
 
 
@@ -30,8 +34,7 @@ def untouched(model: nn.Module) -> Iterator[None]:
     modes = [(module, module.training) for module in model.modules()]
     plain = [(module, {k: v for k, v in vars(module).items() if isinstance(v, (int, float, str, bool, type(None)))})
              for module in model.modules()]
-    held = {name: vars(model).get(name) for name in ("_optimizer", "_scheduler", "_optimizer_param_groups", "step_stats",
-                                                     "infeasible_seen", "_statistics", "_trainer")}
+    held = {name: vars(model).get(name) for name in HELD}
     held["infeasible_seen"] = set(held["infeasible_seen"]) if held["infeasible_seen"] is not None else None
     state = random.getstate(), np.random.get_state(), torch.get_rng_state()
     cuda = torch.cuda.get_rng_state_all() if torch.cuda.is_initialized() else None

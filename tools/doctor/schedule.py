@@ -13,9 +13,12 @@ from omegaconf import DictConfig, ListConfig
 from tools.doctor.finding import Finding, Plot
 from tools.doctor.registry import NotExamined, check
 
-# Peak learning rates by optimizer: under the first nothing moves within a usual run, over the second it is unusual, over
-# the third training diverges. Published: AdamW-like 1e-4 to 5e-3 (AlgoPerf), NovoGrad 0.01 to 0.05 (QuartzNet, Citrinet).
-RANGES = {"novograd": (1e-4, 0.2, 1.0), "sgd": (1e-5, 1.0, 10.0), "lion": (3e-6, 3e-3, 0.02), "adafactor": (1e-5, 0.1, 1.0)}
+# Peak learning rates by optimizer: under the first nothing moves within a usual run, over the second it is unusual,
+# over the third training diverges. Published: AdamW-like 1e-4 to 5e-3 (AlgoPerf), NovoGrad 0.01 to 0.05 (QuartzNet,
+# Citrinet).
+RANGES = {
+    "novograd": (1e-4, 0.2, 1.0), "sgd": (1e-5, 1.0, 10.0), "lion": (3e-6, 3e-3, 0.02), "adafactor": (1e-5, 0.1, 1.0)
+}
 ADAM_LIKE = (2e-5, 1e-2, 0.05)
 EPOCH_SCHEDULERS = {"ExponentialLR", "ReduceLROnPlateau"}  # NeMo 3.0.0 steps these once an epoch
 
@@ -181,8 +184,8 @@ def peak_rate(subject):
             "Steps overshoot: the loss jumps, goes to infinity or stays where letters are as frequent as they are. "
             + ("A multiplier of Noam's schedule was given to another schedule." if p.lr >= 0.5 and not noam else
                "With a short warm-up Noam's multiplier means a high rate." if noam else ""),
-            confidence=0.95 if p.peak >= far else 0.7, fix=[f"{key}={unit(min(high / 5, 2e-3) if high <= 0.01 else high / 10)}"],
-            **common)
+            confidence=0.95 if p.peak >= far else 0.7,
+            fix=[f"{key}={unit(min(high / 5, 2e-3) if high <= 0.01 else high / 10)}"], **common)
     elif p.peak < low and not started:
         yield Finding(
             "lr-too-low", "prevents" if p.peak < low / 10 else "warning",
@@ -274,8 +277,9 @@ def _live_interval(subject) -> str | None:
             made = model.configure_optimizers()
     except Exception:  # anybody's code, without a trainer
         return None
-    schedule = made.get("lr_scheduler") if isinstance(made, dict) else made[1] if isinstance(made, tuple) and len(made) == 2 \
-        else None
+    schedule = made.get("lr_scheduler") if isinstance(made, dict) else None
+    if isinstance(made, tuple) and len(made) == 2:
+        schedule = made[1]
     schedule = schedule[0] if isinstance(schedule, (list, tuple)) and schedule else schedule
     if schedule is None:
         return None

@@ -1,0 +1,236 @@
+"""The families that look at manifests and audio. No torch."""
+
+import json
+import shutil
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+import soundfile
+
+from tests.recipes import tiny
+from tools.doctor import pairs
+from tools.doctor.engine import examine
+
+FAMILIES = ["data", "audio", "pairs", "tokenizer"]
+WORDS = "the cat sat on a mat and then it ran away to see what was there for food".split()
+
+
+def text(i: int) -> str:
+    return " ".join(WORDS[(i * 7 + j * 3) % len(WORDS)] for j in range(2 + i % 9))
+
+
+@pytest.fixture(scope="module")
+def audio(tmp_path_factory):
+    """60 files of noise, as long as their text takes to say."""
+    folder = tmp_path_factory.mktemp("audio")
+    rows = []
+    for i in range(60):
+        seconds = round(0.3 + len(text(i)) / 25 * (1 + 0.05 * (i % 3)), 2)
+        path = tiny.write_audio(folder / f"u{i}.wav", seconds, seed=i)
+        rows.append({"audio_filepath": str(path), "duration": seconds, "text": text(i), "utterance": f"u{i}"})
+    return rows
+
+
+def manifest(folder, rows, name="train.json"):
+    return str(tiny.write_rows(folder / name, rows))
+
+
+def ids(folder, rows, families=FAMILIES, **more):
+    manifests = {"train": manifest(folder, rows), **more}
+    return examine(manifests=manifests, families=families)
+
+
+def changed(rows, some, **fields):
+    return [{**row, **{k: v(row) if callable(v) else v for k, v in fields.items()}} if i in some else dict(row)
+            for i, row in enumerate(rows)]
+
+
+def test_a_healthy_manifest_gives_nothing(audio, tmp_path):
+    report = ids(tmp_path, audio)
+    assert report.findings == [] and report.exit_code == 0
+    assert {"data-upper-case", "data-mismatched-text", "data-clipped"} <= set(report.ruled_out)
+
+
+@pytest.mark.parametrize("fault, fields, weight", [
+    ("data-upper-case", {"text": lambda row: row["text"].upper()}, "prevents"),
+    ("data-characters", {"text": lambda row: row["text"] + " 42"}, "prevents"),
+    ("data-characters", {"text": lambda row: row["text"] + "\x07"}, "prevents"),
+    ("data-empty-text", {"text": ""}, "prevents"),
+    ("data-duration-wrong", {"duration": lambda row: row["duration"] / 2}, "prevents"),
+    ("data-duration-wrong", {"duration": lambda row: row["duration"] * 1000}, "prevents"),
+    ("data-missing-audio", {"audio_filepath": "/nowhere/a.wav"}, "prevents"),
+    ("data-sample-rate", {"sampling_rate": 8000}, "prevents"),
+    ("data-manifest-broken", {"duration": "long"}, "prevents"),
+])
+def test_faults_of_lines(audio, tmp_path, fault, fields, weight):
+    report = ids(tmp_path, changed(audio, range(40), **fields))
+    assert report.ids[0] == fault and report.findings[0].weight == weight
+    assert "train.json:" in report.findings[0].where and report.exit_code == 1
+
+
+def test_few_bad_texts_are_a_warning_and_counted(audio, tmp_path):
+    report = ids(tmp_path, changed(audio, {3, 5}, text=lambda row: row["text"] + "!"))
+    first = report.findings[0]
+    assert (first.id, first.weight, first.evidence["utterances"]) == ("data-characters", "warning", 2)
+
+
+def test_a_missing_text_field_is_an_empty_text(audio, tmp_path):
+    rows = [{k: v for k, v in row.items() if k != "text"} for row in audio]
+    assert ids(tmp_path, rows).ids == ["data-empty-text"]
+
+
+def test_lines_that_are_no_json(audio, tmp_path):
+    path = tmp_path / "list.json"
+    path.write_text(json.dumps(audio, indent=1))
+    report = examine(manifests={"train": str(path)}, families=FAMILIES)
+    assert report.ids[0] == "data-manifest-broken" and report.exit_code == 1
+
+
+def rewritten(tmp_path, rows, change):
+    """The rows with their audio changed: `change` takes samples to (samples, keywords for soundfile)."""
+    out = []
+    for row in rows:
+        samples, rate = soundfile.read(row["audio_filepath"])
+        path = tmp_path / (row["utterance"] + ".wav")
+        samples, keywords = change(samples)
+        soundfile.write(path, samples, keywords.pop("rate", rate), **keywords)
+        out.append({**row, "audio_filepath": str(path)})
+    return out
+
+
+@pytest.mark.parametrize("fault, change", [
+    ("data-silence", lambda x: (x * 0, {})),
+    ("data-silence", lambda x: (np.random.default_rng(0).standard_normal(len(x)) * 3e-4, {"subtype": "FLOAT"})),
+    ("data-clipped", lambda x: (np.clip(x * 6, -1, 1), {})),
+    ("data-scale", lambda x: (x * 32768, {"subtype": "FLOAT"})),
+    ("data-scale", lambda x: (0.2 * x + 0.4, {})),
+    ("data-channels", lambda x: (np.stack([x, x], axis=1), {})),
+    ("data-sample-rate", lambda x: (without_upper_half(x), {})),
+])
+def test_faults_of_audio(audio, tmp_path, fault, change):
+    report = ids(tmp_path, rewritten(tmp_path, audio[:12], change))
+    assert report.ids[0] == fault, [(f.id, f.symptom) for f in report.findings]
+
+
+def without_upper_half(x):
+    """What is left of speech that was sent through a telephone, at the old sampling rate."""
+    spectrum = np.fft.rfft(x)
+    spectrum[len(spectrum) // 2 :] = 0
+    return np.fft.irfft(spectrum, len(x))
+
+
+def test_the_same_audio_twice_by_name_and_by_bytes(audio, tmp_path):
+    assert ids(tmp_path, [*audio, audio[0]]).ids == ["data-duplicates"]
+    copy = tmp_path / "copy.wav"
+    shutil.copy(audio[0]["audio_filepath"], copy)
+    rows = [*audio, {**audio[0], "audio_filepath": str(copy), "utterance": "other"}]
+    assert ids(tmp_path, rows).ids == ["data-duplicates"]
+
+
+def test_leakage_by_path_by_bytes_and_by_manifest(audio, tmp_path):
+    half = audio[:30]
+    test = manifest(tmp_path, audio[25:], "test.json")
+    assert "data-leakage" in ids(tmp_path, half, test=test).ids
+    copies = []
+    for row in audio[:5]:
+        copy = tmp_path / f"copy_{row['utterance']}.wav"
+        shutil.copy(row["audio_filepath"], copy)
+        copies.append({**row, "audio_filepath": str(copy), "utterance": f"c{row['utterance']}"})
+    assert "data-leakage" in ids(tmp_path, half, validation=manifest(tmp_path, copies, "dev.json")).ids
+    same = manifest(tmp_path, half)
+    assert examine(manifests={"train": same, "test": same}, families=FAMILIES).ids == ["data-leakage"]
+
+
+def shifted(rows):
+    texts = [row["text"] for row in rows]
+    return [{**row, "text": other} for row, other in zip(rows, texts[1:] + texts[:1])]
+
+
+def test_texts_shifted_by_a_line_are_told_by_length(audio, tmp_path):
+    report = ids(tmp_path, shifted(audio))
+    assert report.ids[0] == "data-mismatched-text" and report.exit_code == 1
+    assert abs(report.findings[0].evidence["correlation"]) < 0.35
+
+
+def test_texts_shifted_by_a_line_are_told_exactly_by_transcripts(audio, tmp_path):
+    rows = rewritten(tmp_path, audio[:12], lambda x: (x, {}))
+    (tmp_path / "all.trans.txt").write_text("".join(f"{r['utterance']} {r['text'].upper()}\n" for r in rows))
+    assert "data-mismatched-text" not in ids(tmp_path, rows).ids
+    first = ids(tmp_path, shifted(rows)).findings[0]
+    assert first.id == "data-mismatched-text" and first.confidence == 1.0 and first.weight == "prevents"
+    assert abs(first.evidence["lines shifted by"]) == 1
+    swapped = [dict(row) for row in rows]
+    swapped[2]["text"], swapped[7]["text"] = rows[7]["text"], rows[2]["text"]
+    first = ids(tmp_path, swapped).findings[0]
+    assert (first.id, first.weight, first.evidence["wrong"]) == ("data-mismatched-text", "warning", 2)
+
+
+def made_up(count, seed=0):
+    """Rows of speech as LibriSpeech has it: lengths of text over a wide range, 15 characters a second, 10 % spread."""
+    generator = np.random.default_rng(seed)
+    rows = []
+    for i in range(count):
+        length = int(np.exp(generator.normal(4.8, 0.5)))
+        seconds = length / 15 * np.exp(generator.normal(0, 0.1))
+        rows.append({"duration": float(seconds), "text": ("word " * length)[:length], "_at": f"t:{i + 1}"})
+    return rows
+
+
+@pytest.mark.parametrize("share", [0.1, 0.3])
+def test_a_part_of_the_pairs_is_told_by_a_mixture(share):
+    rows = made_up(600)
+    residual, random_pairs = pairs.residuals(rows, np.log([row["duration"] for row in rows]))
+    assert pairs.mixture(residual, random_pairs)[1] < 5  # healthy
+    some = np.random.default_rng(1).choice(600, int(600 * share), replace=False)
+    texts = [rows[i]["text"] for i in some]
+    for i, other in zip(some, texts[1:] + texts[:1]):
+        rows[i]["text"] = other
+    residual, random_pairs = pairs.residuals(rows, np.log([row["duration"] for row in rows]))
+    found, gain = pairs.mixture(residual, random_pairs)
+    assert gain > 12 and 0.4 * share < found < 1.3 * share
+
+
+def test_a_manifest_that_is_not_there_cannot_be_examined(tmp_path):
+    report = examine(manifests={"train": str(tmp_path / "no.json")}, families=FAMILIES)
+    assert report.exit_code == 2 and report.ids == ["data-manifest-broken"] and "no.json" in report.verdict
+
+
+def test_labels_and_tokenizer(audio, tmp_path):
+    config = {"model": {"labels": ["a", "a", "True"], "decoder": {"vocabulary": ["a", "a", "True"], "num_classes": 5}}}
+    report = examine(config=config, manifests={"train": manifest(tmp_path, audio)}, families=["tokenizer"])
+    symptoms = " ".join(f.symptom for f in report.findings)
+    assert set(report.ids) == {"tokenizer-vocabulary"} and "twice" in symptoms and "num_classes is 5" in symptoms
+    from manifests.tokenizer import train
+
+    train([tmp_path / "train.json"], tmp_path / "tok", vocab=30)
+    config = {"model": {"tokenizer": {"dir": str(tmp_path / "tok"), "type": "bpe"}}}
+    assert examine(config=config, manifests={"train": manifest(tmp_path, audio)}, families=["tokenizer"]).findings == []
+    loud = changed(audio, range(60), text=lambda row: row["text"].upper())
+    report = examine(config=config, manifests={"train": manifest(tmp_path, loud)}, families=["tokenizer"])
+    assert report.ids[0] == "data-upper-case"
+    config["model"]["tokenizer"]["dir"] = str(tmp_path / "none")
+    report = examine(config=config, manifests={"train": manifest(tmp_path, audio)}, families=["tokenizer"])
+    assert report.ids == ["tokenizer-vocabulary"] and report.exit_code == 1
+
+
+def test_real_speech_is_healthy_and_a_shift_of_it_is_not(librispeech_sample, tmp_path):
+    from manifests.librispeech import build_rows, list_subsets
+
+    rows = []
+    for subset in list_subsets(librispeech_sample):
+        built = build_rows(librispeech_sample, subset)
+        rows += built[0] if isinstance(built, tuple) else built
+    report = ids(tmp_path, rows)
+    assert [f.id for f in report.findings if f.weight != "note"] == []
+    assert ids(tmp_path, shifted(rows)).ids[0] == "data-mismatched-text"
+
+
+def test_data_is_examined_without_torch(audio, tmp_path):
+    path = manifest(tmp_path, audio)
+    code = ("import sys; from tools.doctor.__main__ import main;"
+            f"assert main(['check', '--train', {path!r}, '--only', 'data']) == 0; assert 'torch' not in sys.modules")
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.startswith("Nothing found that prevents learning")

@@ -1,0 +1,115 @@
+"""The families that look at the configuration alone. No torch."""
+
+import pytest
+from omegaconf import OmegaConf
+
+from tests.recipes import tiny
+from tools.doctor.engine import examine
+
+FAMILIES = ["schedule", "limits"]
+
+
+def config(**changes):
+    """A NeMo configuration that trains; `changes` by dotted keys with __ for the dot."""
+    cfg = OmegaConf.create({
+        "model": {
+            "train_ds": {"batch_size": 32},
+            "encoder": {"_target_": "nemo.collections.asr.modules.ConformerEncoder", "d_model": 256, "dropout": 0.1},
+            "optim": {"name": "adamw", "lr": 2.0, "weight_decay": 1e-3,
+                      "sched": {"name": "NoamAnnealing", "d_model": 256, "warmup_steps": 10000, "min_lr": 1e-6}},
+        },
+        "trainer": {"devices": 4, "max_steps": 100000, "gradient_clip_val": 1.0, "precision": 32},
+    })
+    for key, value in changes.items():
+        OmegaConf.update(cfg, key.replace("__", "."), value, force_add=True)
+    return cfg
+
+
+def first(**changes):
+    report = examine(config=config(**changes), families=FAMILIES)
+    return report, (report.findings[0] if report.findings else None)
+
+
+def test_a_published_schedule_is_healthy_and_resolved():
+    report, found = first()
+    assert found is None and report.exit_code == 0
+    from tools.doctor.schedule import plan
+    from tools.doctor.subject import Subject
+
+    subject = Subject(config=config())
+    subject.open(FAMILIES)
+    p = plan(subject)
+    assert p.peak == pytest.approx(2.0 / 16 / 100) and p.utterances == 128 and p.steps == 100000
+    assert p.rate(10000) == pytest.approx(p.peak) and p.rate(40000) == pytest.approx(p.peak / 2)
+
+
+COSINE = {"model__optim__sched__name": "CosineAnnealing"}
+
+
+@pytest.mark.parametrize("fault, weight, changes", [
+    ("lr-zero", "prevents", {"model__optim__lr": 0.0}),
+    ("lr-too-high", "prevents", COSINE),  # Noam's multiplier as an absolute rate
+    ("lr-too-low", "prevents", {"model__optim__lr": 1e-3}),  # an absolute rate as Noam's multiplier
+    ("lr-too-high", "warning", {**COSINE, "model__optim__lr": 0.03}),
+    ("lr-too-low", "prevents", {**COSINE, "model__optim__lr": 1e-3, "trainer__max_steps": -1, "trainer__max_epochs": 500,
+                                "model__optim__sched__max_steps": 20, "model__optim__sched__warmup_steps": 5}),
+    ("warmup-too-long", "prevents", {"trainer__max_steps": 2000}),
+    ("warmup-missing", "warning", {**COSINE, "model__optim__lr": 1e-3, "model__optim__sched__warmup_steps": 0}),
+    ("warmup-missing", "prevents", {"model__optim__sched__warmup_steps": 0}),
+    ("schedule-per-epoch", "prevents", {"model__optim__sched__interval": "epoch"}),
+    ("batch-size", "warning", {"model__train_ds__batch_size": 1, "trainer__devices": 1}),
+    ("clip-missing", "note", {"trainer__gradient_clip_val": None}),
+    ("clip-missing", "warning", {"trainer__gradient_clip_val": None, "trainer__grad_clip": 5.0}),
+    ("clip-missing", "warning", {"trainer__gradient_clip_val": 0.0, "model__encoder___target_": "x.RNNEncoder"}),
+    ("clip-too-low", "prevents", {"trainer__gradient_clip_val": 1e-6}),
+    ("clip-too-low", "prevents", {"trainer__gradient_clip_val": 1e-3, "model__optim__name": "sgd",
+                                  **COSINE, "model__optim__lr": 0.1}),
+    ("dropout-range", "prevents", {"model__encoder__dropout": 0.9}),
+    ("dropout-range", "warning", {"model__encoder__dropout_att": 0.6}),
+    ("weight-decay-range", "prevents", {"model__optim__weight_decay": 2.0}),
+    ("weight-decay-range", "prevents", {"model__optim__weight_decay": 0.2, "model__optim__name": "adam"}),
+    ("precision-overflow", "prevents", {"trainer__precision": "16-true"}),
+    ("precision-overflow", "warning", {"trainer__precision": "16-mixed"}),
+])
+def test_faults_of_a_configuration(fault, weight, changes, tmp_path):
+    if changes.get("trainer__max_epochs"):
+        rows = [{"audio_filepath": f"/a{i}", "duration": 3.0, "text": "a"} for i in range(640)]
+        changes = {**changes, "model__train_ds__manifest_filepath": str(tiny.write_rows(tmp_path / "t.json", rows))}
+    report, found = first(**changes)
+    assert found is not None and (found.id, found.weight) == (fault, weight), [(f.id, f.weight) for f in report.findings]
+    assert found.fix and found.where
+
+
+def test_steps_follow_from_epochs_manifest_and_batch(tmp_path):
+    rows = [{"audio_filepath": f"/a{i}", "duration": 3.0, "text": "a"} for i in range(256)]
+    path = str(tiny.write_rows(tmp_path / "t.json", rows))
+    report, found = first(trainer__max_steps=-1, trainer__max_epochs=10, model__train_ds__manifest_filepath=path)
+    assert found.id == "warmup-too-long" and found.evidence["steps"] == 20  # 256 / (32 * 4) * 10
+
+
+@pytest.mark.parametrize("recipe", ["deepspeech", "deepspeech2", "conformer"])
+@pytest.mark.parametrize("size", [[], ["size=full", "trainer=gpu"]])
+def test_our_recipes_are_healthy(recipe, size):
+    report = examine(config=recipe, overrides=size, families=FAMILIES)
+    assert report.findings == [] or all(f.id == "data-manifest-broken" for f in report.findings)
+
+
+@pytest.mark.parametrize("override, fault", [
+    ("model.optim.lr=0", "lr-zero"),
+    ("model.optim.lr=1.0", "lr-too-high"),
+    ("training.warmup_share=0.9", "warmup-too-long"),
+    ("training.warmup_share=1.5", "warmup-too-long"),
+    ("training.global_batch_seconds=1000", "batch-size"),
+    ("training.weight_decay=-1", "weight-decay-range"),
+])
+def test_overrides_of_our_recipes(override, fault, tmp_path):
+    rows = [{"audio_filepath": f"/a{i}", "duration": 3.0, "text": "a"} for i in range(1200)]
+    train = str(tiny.write_rows(tmp_path / "t.json", rows))
+    report = examine(config="conformer", families=FAMILIES,
+                     overrides=[override, f"corpus.train={train}", f"corpus.validation={train}"])
+    assert report.ids[0] == fault
+
+
+def test_a_configuration_without_training_is_not_judged():
+    report = examine(config={"model": {"encoder": {"x": 1}}}, families=FAMILIES)
+    assert report.findings == [] and any("neither model.optim nor trainer" in line for line in report.not_examined)
