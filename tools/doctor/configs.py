@@ -57,6 +57,13 @@ class Settings:
         if cfg is None:
             return None
         whole = {"model": OmegaConf.to_container(cfg, resolve=False)}
+        trainer = getattr(model, "_trainer", None)
+        if trainer is not None:
+            names = {"max_steps": "max_steps", "max_epochs": "max_epochs", "gradient_clip_val": "gradient_clip_val",
+                     "accumulate_grad_batches": "accumulate_grad_batches", "devices": "num_devices",
+                     "num_nodes": "num_nodes", "precision": "precision"}
+            values = {key: getattr(trainer, name, None) for key, name in names.items()}
+            whole["trainer"] = {key: value for key, value in values.items() if isinstance(value, (int, float, str))}
         return cls(OmegaConf.create(whole), type(model).__name__)
 
     def get(self, key: str, default: Any = None) -> Any:

@@ -20,6 +20,7 @@ from tools.doctor.subject import Subject
 
 MANY = 0.2  # share of a manifest's utterances from which on a fault of the data keeps a model from learning
 EXAMPLES = 5
+SLOWEST, FASTEST = 3.5, 27.0  # characters a second, over a whole manifest of Latin letters
 
 BROKEN_LINES = {
     "unreadable", "empty_manifest", "bom", "not_utf8", "not_json", "not_object", "blank_line", "missing_field",
@@ -214,6 +215,7 @@ def durations(subject):
 def sampling_rates(subject):
     """Audio, manifest and model agree on the sampling rate."""
     yield from _configured_rates(subject)
+    yield from _pace(subject)
     for file, utterances, found in by_file(subject, {"rate_mismatch", "other_rate"}):
         lies = [finding for finding in found if finding.code == "rate_mismatch"]
         count = lines_of(found)
@@ -229,6 +231,30 @@ def sampling_rates(subject):
             1.0 if lies else 0.8,
             where=f"{file}:{found[0].line}",
         )
+
+
+def _pace(subject):
+    """Speech that nobody speaks: a header that states a wrong rate makes duration and pitch wrong together."""
+    for role, rows in subject.rows.items():
+        paces = sorted(len(row["text"]) / row["duration"] for row in rows if row["text"].strip())
+        letters = "".join(row["text"] for row in rows[:50])
+        latin = sum(char.isascii() and char.isalpha() for char in letters)
+        if len(paces) < 20 or latin < 0.5 * max(len(letters), 1):
+            continue
+        middle = paces[len(paces) // 2]
+        if not SLOWEST < middle < FASTEST:
+            fast = middle >= FASTEST
+            yield Finding(
+                "data-sample-rate",
+                "warning",
+                f"In {role}, speech has {middle:.1f} characters a second (median); people read at 12 to 18.",
+                "The headers state a sampling rate that the samples do not have, so that audio plays too "
+                f"{'fast' if fast else 'slow'}; or the texts are of other audio.",
+                {"characters a second": round(middle, 2), "utterances": len(paces)},
+                ["listen to a file; write its true rate into the header (sox -r RATE), then build the manifest again"],
+                0.6 if fast else 0.4,
+                where=rows[0]["_at"].rpartition(":")[0],
+            )
 
 
 def _configured_rates(subject):

@@ -169,7 +169,7 @@ def _loose(role: str, rows: list[dict], together: float) -> Finding:
         "A part of the texts may belong to other audio; long pauses or music in the audio look the same.",
         {"correlation": round(together, 3), "utterances": len(rows)},
         FIX,
-        0.5,
+        0.6,
         where=rows[0]["_at"].rpartition(":")[0],
         plots=[scatter(rows, role)],
     )

@@ -39,6 +39,7 @@ FAMILIES: dict[str, tuple[str, tuple[str, ...]]] = {
     "locality": ("tools.doctor.locality", ("model",)),
     "invariance": ("tools.doctor.invariance", ("model",)),
     "depth": ("tools.doctor.depth", ("model",)),
+    "heard": ("tools.doctor.heard", ("model",)),
     "run": ("tools.doctor.run", ("run",)),
     "metrics": ("tools.doctor.metrics", ("run",)),
 }

@@ -92,6 +92,8 @@ class Subject:
         given = self.given_manifests
         if isinstance(given, (str, Path)):
             given = {"train": given}
+        # A restored model or an old run names manifests of its own machine and time: those still there are used.
+        remembered = given is None and self.given_config is None
         if given is None:
             given = self.settings.manifests if self.settings is not None else {}
         for role, paths in given.items():
@@ -101,7 +103,7 @@ class Subject:
             for path in map(str, paths):
                 if Path(path).is_file():
                     kept.append(path)
-                else:
+                elif not remembered:
                     self._missing_manifest(role, path)
 
     def _missing_manifest(self, role: str, path: str) -> None:
