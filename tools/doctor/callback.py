@@ -9,7 +9,9 @@ every module watched. It changes nothing in the model and nothing in what is lea
 
 from __future__ import annotations
 
+import functools
 import logging
+import math
 import time
 from collections import deque
 from pathlib import Path
@@ -23,7 +25,10 @@ from tools.doctor.autopsy import RandomState, Watch, broken_parameters, examine_
 from tools.doctor.causes import name_causes
 from tools.doctor.finding import Finding, Report
 from tools.doctor.frames import Frames, Gradients, Movement
-from tools.doctor.live import optimizer_findings, planned_steps, probe_model, run_folder, scanned, schedule_findings
+from tools.doctor.live import (
+    is_scalar, optimizer_findings, planned_steps, probe_model, run_folder, save, scanned, schedule_findings,
+    settings_of,
+)
 from tools.doctor.metrics import Tally
 from tools.doctor.run import diagnose
 from tools.doctor.trace import Trace
@@ -32,7 +37,28 @@ log = logging.getLogger("doctor")
 
 BAD_IN_A_ROW = 3  # non-finite steps, parameters still whole, before a run is said to be lost
 SCALER_PATIENCE = 10  # a gradient scaler for float16 looks for its scale by overflowing
+PROBE_STEPS = 100  # a shorter run that is still on its first plateau is only a trial
 SCAN_EVERY = 200  # steps between two looks at the outputs of all modules
+
+
+def _guarded(hook):
+    """A hook that cannot end the run: where it fails, the callback says so and switches itself off."""
+
+    @functools.wraps(hook)
+    def safe(self, trainer, pl_module, *arguments, **keywords):
+        if self._off and hook.__name__ not in ("on_train_end", "on_exception"):
+            return
+        try:
+            hook(self, trainer, pl_module, *arguments, **keywords)
+        except Exception as error:
+            self._off = True
+            self._listener.close()
+            self._stop_watching()
+            reason = f"{type(error).__name__} in {hook.__name__}: {' '.join(str(error).split())[:200]}"
+            self.not_examined.append(f"run: after step {trainer.global_step} the callback was off: {reason}")
+            log.warning("doctor: switched off, the run goes on: %s", reason, exc_info=True)
+
+    return safe
 
 
 class Doctor(Callback):
@@ -66,10 +92,13 @@ class Doctor(Callback):
         self._waits: list[float] = []
         self._tally: Tally | None = None
         self._model = None
-        self._ends = False
+        self._ends = self._off = False
+        self._loss: Tensor | None = None
+        self._watch: Watch | None = None
 
     # ---- the run -------------------------------------------------------------------------------------------
 
+    @_guarded
     def on_train_start(self, trainer, pl_module):
         self._model = pl_module
         self.folder = self.folder or run_folder(trainer)
@@ -79,7 +108,7 @@ class Doctor(Callback):
         trace.clip = float(trainer.gradient_clip_val or 0.0)
         trace.precision = str(trainer.precision)
         trace.optimizer = type(trainer.optimizers[0]).__name__ if trainer.optimizers else ""
-        trace.settings = _settings(pl_module)
+        trace.settings = settings_of(pl_module)
         self.fixed += optimizer_findings(trainer, pl_module)
         found, trace.warmup = schedule_findings(trainer, trace)
         self.fixed += found
@@ -92,6 +121,7 @@ class Doctor(Callback):
         self._batch_ended = None
         self._announce(trainer)
 
+    @_guarded
     def on_train_batch_start(self, trainer, pl_module, batch, batch_idx):
         begin = time.perf_counter()
         if self._batch_ended is not None:
@@ -103,6 +133,7 @@ class Doctor(Callback):
         self._step_taken = False
         self._listener.active = True
         self._listener.clear()
+        self._loss = None
         self._state = RandomState(pl_module.device)
         step = trainer.global_step
         self._looks = step % self._stride == 0 or step < 5
@@ -112,12 +143,14 @@ class Doctor(Callback):
             self._watch.__enter__()
         self.cost += time.perf_counter() - begin
 
+    @_guarded
     def on_before_backward(self, trainer, pl_module, loss):
         begin = time.perf_counter()
         self._loss = loss.detach() * trainer.accumulate_grad_batches
         self._end_scan()
         self.cost += time.perf_counter() - begin
 
+    @_guarded
     def on_before_optimizer_step(self, trainer, pl_module, optimizer):
         begin = time.perf_counter()
         self._step_taken = True
@@ -129,6 +162,7 @@ class Doctor(Callback):
             self._gradients.look(self.trace)
         self.cost += time.perf_counter() - begin
 
+    @_guarded
     def on_train_batch_end(self, trainer, pl_module, outputs, batch, batch_idx):
         begin = time.perf_counter()
         self._end_scan()
@@ -156,10 +190,12 @@ class Doctor(Callback):
         self._batch_ended = time.perf_counter()
         self.cost += self._batch_ended - begin
 
+    @_guarded
     def on_train_end(self, trainer, pl_module):
         self.trace.ended = True
         self._finish(trainer, pl_module)
 
+    @_guarded
     def on_exception(self, trainer, pl_module, exception):
         if self._begun is not None and not isinstance(exception, KeyboardInterrupt):
             self.trace.messages.append(("trainer", f"{type(exception).__name__}: "
@@ -171,16 +207,19 @@ class Doctor(Callback):
 
     # ---- validation ----------------------------------------------------------------------------------------
 
+    @_guarded
     def on_validation_epoch_start(self, trainer, pl_module):
         self._batch_ended = None  # the time of a validation is no waiting for data
         self._tally = None
         if self._begun is not None and not trainer.sanity_checking and Tally.wanted(self.fixed, self.examined):
             self._tally = Tally(pl_module)
 
+    @_guarded
     def on_validation_batch_start(self, trainer, pl_module, batch, batch_idx, dataloader_idx=0):
         self._listener.clear()
         self._listener.active = self._tally is not None
 
+    @_guarded
     def on_validation_batch_end(self, trainer, pl_module, outputs, batch, batch_idx, dataloader_idx=0):
         begin = time.perf_counter()
         if self._tally is not None:
@@ -190,12 +229,13 @@ class Doctor(Callback):
         self._listener.clear()
         self.cost += time.perf_counter() - begin
 
+    @_guarded
     def on_validation_end(self, trainer, pl_module):
         begin = time.perf_counter()
         if self._begun is None or trainer.sanity_checking:
             return
         step = trainer.global_step
-        metrics = {key: float(value) for key, value in trainer.callback_metrics.items() if _scalar(value)}
+        metrics = {key: float(value) for key, value in trainer.callback_metrics.items() if is_scalar(value)}
         for key in ("val_loss", "val_wer", "val_cer", "val_blank_rate"):
             if key in metrics:
                 self.trace.add(key, step, metrics[key])
@@ -215,7 +255,8 @@ class Doctor(Callback):
         """One question to the device: are loss, log-probs and gradient finite, does every target fit?"""
         call, step = self._listener.call, trainer.global_step
         true = torch.ones((), dtype=torch.bool, device=model.device)
-        loss_fine = torch.isfinite(self._loss).all()
+        value = torch.zeros((), device=model.device) if self._loss is None else self._loss
+        loss_fine = torch.isfinite(value).all()
         asked = [loss_fine, call.finite() if call else true, true if norm is None else torch.isfinite(norm)]
         need = room = None
         if call is not None:
@@ -223,7 +264,7 @@ class Doctor(Callback):
             self.trace.utterances_seen += len(room)
             self.trace.zero_infinity = call.zero_infinity or call.reduction == "none"
             asked.append((need <= room).all())
-        numbers = [self._loss.float().mean() if call is None else call.per_label().float(),
+        numbers = [value.float().mean() if call is None else call.per_label().float(),
                    torch.full_like(true, float("nan"), dtype=torch.float32) if norm is None else norm.float()]
         answers = torch.cat([torch.stack([a.to(model.device).float() for a in asked]), torch.stack(numbers)]).tolist()
         flags, (loss, gradient) = answers[: len(asked)], answers[len(asked):]
@@ -252,9 +293,12 @@ class Doctor(Callback):
             alone = trainer.world_size == 1 or not any("SyncBatchNorm" in type(m).__name__ for m in model.modules())
             bad = examine_batch(model, batch, index, trainer.global_step + 1, self._state, call, gradient_only, names,
                 alone)
-            bad.details["gradient norm of the step before"] = getattr(self, "_norm_before", float("nan"))
+            if math.isfinite(before := getattr(self, "_norm_before", math.nan)):
+                bad.details["gradient norm of the step before"] = before
             if scaler:
                 bad.origin = "backward"
+            elif gradient_only and trainer.world_size > 1:  # gradients are summed over devices before this
+                bad.details["or"] = "it came from another device, where the loss is not finite: see report-rank*.json"
             self.trace.bad = bad
             log.warning("doctor: step %d: %s is not finite; origin: %s %s; utterances %s", bad.step, bad.what,
                 bad.origin,
@@ -297,10 +341,17 @@ class Doctor(Callback):
             return
         self._frames.look(trace, call, step, self._affordable() and step % (20 * self._stride) == 0)
 
+    def _stop_watching(self) -> list:
+        """Takes the hooks off all modules; returns what they saw."""
+        if self._watch is None:
+            return []
+        self._watch.__exit__()
+        outputs, self._watch = self._watch.outputs, None
+        return outputs
+
     def _end_scan(self) -> None:
         if self._watch is not None:
-            self._watch.__exit__()
-            outputs, self._watch = self._watch.outputs, None
+            outputs = self._stop_watching()
             if "run: outputs of all modules" not in self.examined:
                 self.examined.append("run: outputs of all modules")
             self.fixed = [f for f in self.fixed if f.id != "explodes"] + scanned(outputs, self.trace)
@@ -334,7 +385,8 @@ class Doctor(Callback):
         found = [*self.fixed, *[finding for finding in found if finding.id not in fixed_ids]]
         report = Report(found, ["run: the curve, by the callback", *self.examined], ruled_out,
                         [*missing, *self.not_examined])
-        troubled = any(f.id.startswith("run-") and f.weight != "note" for f in found)
+        early = self.trace.ended and self.trace.last_step >= PROBE_STEPS
+        troubled = any(f.id.startswith("run-") and (f.weight != "note" or f.id == "run-early" and early) for f in found)
         if probes and troubled and self._model is not None:
             report = probe_model(self._model, report)
         report.findings = name_causes(report.findings)
@@ -354,7 +406,7 @@ class Doctor(Callback):
             log.warning("doctor: step %d: %s: %s Change: %s", trainer.global_step, finding.id, finding.symptom,
                         finding.fix[0] if finding.fix else "-")
         if grave:
-            self._save(trainer, report)
+            save(self.folder, report, self.trace, trainer)
         # A single batch that is not finite may be survived: then the parameters are whole afterwards.
         self._ends = lost or any(f.weight == "prevents" and f.confidence >= 0.7 for f in report.findings
                                  if self.trace.bad is None or self._broken())
@@ -378,36 +430,5 @@ class Doctor(Callback):
         self.examined = [line for line in self.examined if not line.startswith("cost:")]
         self.examined.append(f"cost: {self.cost:.2f} s of {seconds:.0f} s, {share:.2%}")
         report = self.report(probes=self.probe and trainer.world_size == 1)
-        self._save(trainer, report)
+        save(self.folder, report, self.trace, trainer)
         self._begun = None
-
-    def _save(self, trainer, report: Report) -> None:
-        if self.folder is None:
-            return
-        suffix = "" if trainer.is_global_zero else f"-rank{trainer.global_rank}"
-        if suffix and not report.findings:
-            return
-        from tools.doctor.html import write
-
-        try:
-            if not suffix:
-                self.trace.save(self.folder / "doctor" / "curve.csv")
-            report.save(self.folder / "doctor" / f"report{suffix}.json")
-            write(report, self.folder / "doctor" / f"report{suffix}.html", self.folder.name,
-                  f"step {self.trace.last_step}" + (f" of {self.trace.planned}" if self.trace.planned else ""))
-        except OSError as error:
-            log.warning("doctor: the report cannot be written to %s: %s", self.folder, error)
-
-
-def _scalar(value) -> bool:
-    return isinstance(value, (int, float)) or (isinstance(value, Tensor) and value.numel() == 1)
-
-
-def _settings(model):
-    """Configuration of the live model, None for one without."""
-    from tools.doctor.configs import Settings
-
-    try:
-        return Settings.of_live(model)
-    except Exception:  # a model that is not NeMo's may hold anything as _cfg
-        return None

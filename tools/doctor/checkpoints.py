@@ -98,8 +98,7 @@ def _broken(path: Path, step, broken: list[str], last_good: str | None) -> Findi
         "run-nan", "prevents",
         f"{len(broken)} tensors of {path.name}{at} are not finite, first {broken[0]}.",
         "All of them are running statistics of BatchNorm: one batch that was not finite poisons them for good, and "
-        "evaluation "
-        "gives NaN although training goes on." if only else
+        "evaluation gives NaN although training goes on." if only else
         "A step with a gradient that was not finite was taken. From there on every output is NaN.",
         {"tensors": broken[:12], "of them running statistics": len(buffers),
         "last checkpoint that is whole": last_good},
@@ -124,8 +123,7 @@ def _unmoved(first, last) -> list[Finding]:
     return [Finding(
         "frozen", "prevents" if share > 0.5 else "warning",
         f"{len(same)} of {len(names)} tensors ({share:.0%} of the values) are the same at step {step_a} and at step "
-        f"{step_b}, "
-        f"first {same[0]}.",
+        f"{step_b}, first {same[0]}.",
         "Nothing updates them: frozen, without gradient, or in no optimizer."
         if share < 0.99 else "Nothing was updated at all: a learning rate of 0, or an optimizer without parameters.",
         {"tensors": same[:12], "share of the values": share, "checkpoints": [path_a.name, path_b.name]},

@@ -37,12 +37,16 @@ h2{font-size:17px;margin:0 0 8px}h2 code{background:none;padding:0;font-size:17p
 .sure{color:var(--soft);font-size:13px;font-weight:400}
 dl{display:grid;grid-template-columns:88px 1fr;gap:4px 14px;margin:0}dt{color:var(--soft)}dd{margin:0;min-width:0;
 overflow-wrap:anywhere}table{border-collapse:collapse;font-size:14px}td{padding:1px 14px 1px 0;vertical-align:top}
-td:first-child{color:var(--soft)}code,pre{font:13px/1.45 ui-monospace,"DejaVu Sans Mono",Menlo,monospace;
+td:first-child{color:var(--soft);white-space:nowrap}
+@media(max-width:640px){td:first-child{white-space:normal}dl{grid-template-columns:1fr}}
+code,pre{font:13px/1.45 ui-monospace,"DejaVu Sans Mono",Menlo,monospace;
 background:var(--code);border-radius:3px;padding:1px 4px}pre{padding:8px 10px;overflow-x:auto}pre code{padding:0}
 ul,ol{margin:4px 0;padding-left:20px}.plots{display:grid;grid-template-columns:repeat(auto-fit,minmax(340px,1fr));
-gap:14px;margin-top:12px}figure{margin:0}figcaption{font-size:13px;font-weight:600}.hint{color:var(--soft);font-size:13px}
+gap:14px;margin-top:12px}figure{margin:0}figcaption{font-size:13px;font-weight:600}
+.hint{color:var(--soft);font-size:13px}
 svg{width:100%;height:auto;display:block}svg text{fill:var(--soft);font-size:11px;font-family:inherit}
-svg .grid{stroke:var(--rule);stroke-width:1}.legend{font-size:13px;color:var(--soft)}.key{margin-right:14px}
+svg .grid{stroke:var(--rule);stroke-width:1}.legend{font-size:13px;color:var(--soft)}.key{margin-right:14px;
+white-space:nowrap}
 .key i{display:inline-block;width:14px;height:3px;vertical-align:middle;margin-right:5px}
 details{margin-top:10px}summary{cursor:pointer;color:var(--note);font-size:14px}.list{color:var(--soft);font-size:14px}
 """
@@ -79,7 +83,7 @@ def _article(finding: Finding) -> str:
     rows = [("Symptom", escape(finding.symptom)), ("Cause", escape(finding.cause))]
     if finding.evidence:
         cells = "".join(
-            f"<tr><td>{escape(str(name))}</td><td>{escape(show_value(value, items=20))}</td></tr>"
+            f"<tr><td>{escape(str(name))}</td><td>{_value(value)}</td></tr>"
             for name, value in finding.evidence.items()
         )
         rows.append(("Evidence", f"<table>{cells}</table>"))
@@ -99,6 +103,13 @@ def _article(finding: Finding) -> str:
         f'<span class="sure">{finding.certainty}, {finding.confidence:.0%}{where}</span></h2>'
         f"<dl>{listed}</dl>{f'<div class=plots>{plots}</div>' if plots else ''}{_explanation(finding)}</article>"
     )
+
+
+def _value(value) -> str:
+    """A piece of evidence; sentences stand on lines of their own."""
+    if isinstance(value, (list, tuple)) and any(isinstance(item, str) and len(item) > 40 for item in value):
+        return "<br>".join(escape(show_value(item)) for item in list(value)[:20])
+    return escape(show_value(value, items=20))
 
 
 def _explanation(finding: Finding) -> str:

@@ -8,7 +8,7 @@ Shapes: T frames, B batch, S targets, V labels with the blank.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -48,6 +48,15 @@ class Call:
             return self.targets
         rows = torch.split(self.targets, self.target_lengths.tolist())
         return torch.nn.utils.rnn.pad_sequence(list(rows), batch_first=True)
+
+    def part(self, most: int = 4_000_000) -> Call:
+        """The first utterances only, so that log_probs has at most so many values: a look must not need memory."""
+        frames, batch, labels = self.log_probs.shape
+        keep = max(min(most // max(frames * labels, 1), batch), 1)
+        if keep == batch:
+            return self
+        return replace(self, log_probs=self.log_probs[:, :keep], targets=self.padded_targets()[:keep],
+                       input_lengths=self.input_lengths[:keep], target_lengths=self.target_lengths[:keep])
 
     def room(self) -> tuple[Tensor, Tensor]:
         """Frames needed and frames there, (B) each: below, the loss is infinite."""
@@ -111,6 +120,7 @@ def frame_counts(call: Call) -> Tensor:
 @torch.no_grad()
 def spread(call: Call) -> Tensor:
     """How much the probabilities differ from valid frame to valid frame: mean over labels of the standard deviation."""
+    call = call.part()
     valid_TB = valid_mask(call.input_lengths, call.log_probs.shape[0]).t()
     return call.log_probs.float().exp()[valid_TB].std(dim=0).mean()
 
@@ -133,6 +143,7 @@ def constant_level(call: Call, counts: Tensor) -> float:
     This is the plateau on which CTC training starts; it depends on frames per label, so it is measured on the batch
     itself.
     """
+    call = call.part()
     share = counts.double().clamp(min=0.1)
     share[call.blank] = 0
     share /= share.sum()
@@ -146,7 +157,8 @@ def constant_level(call: Call, counts: Tensor) -> float:
         row = share * (1 - blank)
         row[call.blank] = blank
         constant = row.clamp(min=1e-8).log().float()[None, None].expand(frames, batch, -1).contiguous()
-        losses = torch.ctc_loss(constant, call.padded_targets(), call.input_lengths, call.target_lengths, call.blank, 0,
-            True)
+        losses = torch.ctc_loss(
+            constant, call.padded_targets(), call.input_lengths, call.target_lengths, call.blank, 0, True
+        )
         best = min(best, float(losses[fits].sum() / call.target_lengths[fits].sum().clamp(min=1)))
     return best

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import math
 import sys
 from pathlib import Path
@@ -9,6 +10,8 @@ from pathlib import Path
 from tools.doctor.autopsy import Output
 from tools.doctor.finding import Finding, Plot, Report
 from tools.doctor.trace import Trace
+
+log = logging.getLogger("doctor")
 
 LARGE = 1e4  # an output beyond this is on its way out; those of models that train stay below
 GROWS = 1e3  # times from the first frames to the last
@@ -45,9 +48,8 @@ def optimizer_findings(trainer, model) -> list[Finding]:
     every = max(sum(p.numel() for p in model.parameters()), 1)
     found = []
     for id_, rows, what, fix in (
-        ("not-in-optimizer", missing, "are in no optimizer", "build the optimizer from model.parameters(), after the "
-            "last "
-         "layer has been made"),
+        ("not-in-optimizer", missing, "are in no optimizer",
+         "build the optimizer from model.parameters(), after the last layer has been made"),
         ("frozen", frozen, "are frozen (requires_grad=False)", "model.unfreeze(), or p.requires_grad_(True)"),
     ):
         if not rows:
@@ -86,12 +88,11 @@ def schedule_findings(trainer, trace: Trace) -> tuple[list[Finding], int | None]
         rate = trainer.optimizers[0].param_groups[0]["lr"]
         if rate > 3e-3:
             found.append(Finding(
-                "warmup-missing", "warning", f"There is no schedule: {trace.optimizer} takes its first step at "
-                f"{rate:.2g}.",
+                "warmup-missing", "warning",
+                f"There is no schedule: {trace.optimizer} takes its first step at {rate:.2g}.",
                 "The first gradients of CTC are large and point to blanks; full steps along them saturate the outputs.",
                 {"learning rate": rate}, [f"{trace.key('model.optim.sched.name')}=CosineAnnealing with warmup_steps "
-                                          "of a tenth "
-                                          "of the run"], 0.6, where=trace.key("model.optim.sched")))
+                                          "of a tenth of the run"], 0.6, where=trace.key("model.optim.sched")))
     return found, int(warmup) if warmup else None
 
 
@@ -149,3 +150,36 @@ def probe_model(model, report: Report, seconds: float = 30.0) -> Report:
     findings += [f for f in probed.findings if f.id not in known]
     return Report(findings, [*report.examined, *probed.examined], [*report.ruled_out, *probed.ruled_out],
                   [*report.not_examined, *probed.not_examined])
+
+
+def save(folder: Path | None, report: Report, trace: Trace, trainer) -> None:
+    """Writes `<folder>/doctor/report.json`, `.html` and `curve.csv`; other ranks write theirs where they found
+    something."""
+    from tools.doctor.html import write
+
+    suffix = "" if trainer.is_global_zero else f"-rank{trainer.global_rank}"
+    if folder is None or suffix and not report.findings:
+        return
+    try:
+        if not suffix:
+            trace.save(folder / "doctor" / "curve.csv")
+        report.save(folder / "doctor" / f"report{suffix}.json")
+        write(report, folder / "doctor" / f"report{suffix}.html", folder.name,
+              f"step {trace.last_step}" + (f" of {trace.planned}" if trace.planned else ""))
+    except OSError as error:
+        log.warning("doctor: the report cannot be written to %s: %s", folder, error)
+
+
+def is_scalar(value) -> bool:
+    """Whether a logged metric is one number."""
+    return isinstance(value, (int, float)) or (hasattr(value, "numel") and value.numel() == 1)
+
+
+def settings_of(model):
+    """configs.Settings of a live model, None for one that has no configuration."""
+    from tools.doctor.configs import Settings
+
+    try:
+        return Settings.of_live(model)
+    except Exception:  # a model that is not NeMo's may hold anything as _cfg
+        return None

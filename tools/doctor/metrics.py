@@ -17,8 +17,7 @@ TOLERANCE = 0.005  # absolute, of a rate
 CAUSES = {
     "metric-averaged": ("it is the mean of the batches' rates",
                         "Short utterances and small batches then weigh more: the sum of errors must be divided once, "
-                        "by the sum "
-                        "of reference words.",
+                        "by the sum of reference words.",
                         ["sum word errors and reference words over all batches, then divide",
                          "NeMo: keep val_wer_num and val_wer_denom and let multi_validation_epoch_end divide"]),
     "metric-not-collapsed": ("it is the rate of texts whose repeats or blanks were not collapsed",
@@ -121,8 +120,7 @@ def compare(reported: float, right: float, others: dict[str, float], where: str,
         "metric-normalisation", "warning",
         f"The WER of {where} is reported as {reported:.1%}; the same outputs counted anew give {right:.1%}.",
         f"The reported rate is too {'low' if low else 'high'}: references and hypotheses pass through different "
-        "functions, "
-        "or other utterances are counted.", evidence, CAUSES["metric-normalisation"][2], 0.4, where=where)]
+        "functions, or other utterances are counted.", evidence, CAUSES["metric-normalisation"][2], 0.4, where=where)]
 
 
 # ---- after the run: predictions --------------------------------------------------------------------------------

@@ -16,8 +16,8 @@ WHY_NOT_ZERO_INFINITY = (
     "zero_infinity does not help: it sets an infinite loss to 0, and a loss of NaN log-probs is NaN, not infinite"
 )
 WHY_NOT_CLIP = (
-    "clipping does not help: it scales by limit / norm, and a norm that is not finite makes every gradient NaN, "
-    "so one such step spreads NaN to all parameters"
+    "clipping does not help: it scales by limit / norm, and a norm that is not finite makes every gradient NaN, so "
+    "one such step spreads NaN to all parameters"
 )
 GROWTH = 20.0  # an output so much larger in its last frames than in its first grows with time
 
@@ -86,26 +86,8 @@ def _cause(trace: Trace, bad: BadStep, evidence: dict, plots: list[Plot]) -> Fin
             evidence, [f"{trace.key('trainer.precision')}=bf16-mixed", f"{trace.key('trainer.precision')}=32"],
             0.85, where=bad.module, plots=plots)
     times = _growth(bad)
-    exploding = bad.origin == "forward" and (times or _deep(bad))
-    if exploding:
-        in_time = times is not None
-        how = (f"its output grows {times:.3g} times from the first frames to the last" if in_time
-               else "the outputs grow from module to module")
-        evidence = {**evidence, "why the usual cures fail": [WHY_NOT_ZERO_INFINITY, WHY_NOT_CLIP]}
-        return Finding(
-            "explodes", "prevents",
-            f"{here} is the first module whose output is not finite, at step {bad.step}: {how}; what it was given and "
-            "its parameters are finite.",
-            "A recurrence without a bound (ReLU) and without normalisation multiplies its state at each frame: above a "
-            "factor of 1 it grows exponentially, and a longer utterance grows further." if in_time else
-            "Nothing between the layers keeps the scale: each multiplies what the one before gives it.",
-            evidence,
-            [f"use a gated or bounded recurrence in {bad.module}: nn.GRU, nn.LSTM, or nonlinearity='tanh'" if in_time
-            else
-             f"put a normalisation (LayerNorm) before {bad.module}",
-             "normalise between layers: LayerNorm on the input of each recurrent layer",
-             f"a lower {trace.key('model.optim.lr')} only delays it"],
-            0.95, where=bad.module, plots=plots)
+    if bad.origin == "forward" and (times is not None or _deep(bad)):
+        return _explodes(trace, bad, here, times, evidence, plots)
     if bad.origin == "parameters":
         return _parameters(trace, bad, evidence, plots)
     if bad.origin == "backward":
@@ -113,14 +95,37 @@ def _cause(trace: Trace, bad: BadStep, evidence: dict, plots: list[Plot]) -> Fin
         return Finding(
             "run-nan", "prevents",
             f"The loss is finite at step {bad.step} and the gradient is not: nearest to the loss, it is so in {here}.",
-            "A derivative that is infinite where the value is not: sqrt or log at 0, a division by a norm of 0, a mask "
-            "of -inf over a whole row, or a gradient that explodes through a recurrence.", evidence,
+            "A derivative that is infinite where the value is not: sqrt or log at 0, a division by a norm of 0, a "
+            "mask of -inf over a whole row, or a gradient that explodes through a recurrence.", evidence,
             [f"look at {bad.module} for sqrt, log, norm, division and softmax over masked rows; add an eps",
              "torch.autograd.set_detect_anomaly(True) for one step gives the line"], 0.85, where=bad.module,
              plots=plots)
     if bad.origin == "unknown":
         return _from_history(trace, bad, evidence, plots)
     return None
+
+
+def _explodes(trace: Trace, bad: BadStep, here: str, times: float | None, evidence: dict, plots: list[Plot]) -> Finding:
+    """A module whose output is infinite or very large: over time (`times` from first to last), or by depth."""
+    if times is not None:
+        how = f"its output grows {times:.3g} times from the first frames to the last"
+        why = ("A recurrence without a bound (ReLU) and without normalisation multiplies its state at each frame: above "
+               "a factor of 1 it grows exponentially, and a longer utterance grows further.")
+        first = f"use a gated or bounded recurrence in {bad.module}: nn.GRU, nn.LSTM, or nonlinearity='tanh'"
+    else:
+        how = "the outputs grow from module to module"
+        why = "Nothing between the layers keeps the scale: each multiplies what the one before gives it."
+        first = f"put a normalisation (LayerNorm) before {bad.module}"
+    given = "; what it was given and its parameters are finite" if bad.inputs_finite else ""
+    largest = bad.details.get("largest output of that module", math.nan)
+    what = f"reaches {largest:.2g}" if math.isfinite(largest) else "is not finite"
+    return Finding(
+        "explodes", "prevents",
+        f"{here} is the first module whose output {what}, at step {bad.step}: {how}{given}.", why,
+        {**evidence, "why the usual cures fail": [WHY_NOT_ZERO_INFINITY, WHY_NOT_CLIP]},
+        [first, "normalise between layers: LayerNorm on the input of each recurrent layer",
+         f"a lower {trace.key('model.optim.lr')} only delays it"],
+        0.95, where=bad.module, plots=plots)
 
 
 def _infinite_loss(trace: Trace, bad: BadStep, evidence: dict, plots: list[Plot]) -> Finding:
@@ -168,17 +173,14 @@ def _from_history(trace: Trace, bad: BadStep, evidence: dict, plots: list[Plot])
             evidence = {**evidence, "gradient norm just before": before[-1], "usual gradient norm": usual,
                         "loss just before": losses[-1], "best loss before": min(losses)}
             if rates and rates[-1] >= 0.999 * max(rates):
-                return lr_too_high(trace, f"the loss had grown from {min(losses):.3g} to {losses[-1]:.3g} and the "
-                                          "gradient "
-                                   f"norm from {usual:.3g} to {before[-1]:.3g} when it became non-finite at step "
-                                   f"{bad.step}",
-                                   evidence, plots, 0.7)
+                what = (f"the loss had grown from {min(losses):.3g} to {losses[-1]:.3g} and the gradient norm from "
+                        f"{usual:.3g} to {before[-1]:.3g} when it became non-finite at step {bad.step}")
+                return lr_too_high(trace, what, evidence, plots, 0.7)
             if trace.clip == 0:
                 return Finding(
                     "clip-missing", "prevents",
                     f"The gradient norm was {before[-1]:.3g}, usually {usual:.3g}, just before step {bad.step}, at "
-                    "which the "
-                    "loss is not finite; nothing clips it.",
+                    "which the loss is not finite; nothing clips it.",
                     "A rare batch gives a gradient many times the usual one, and one such step throws the weights "
                     "away.",
                     evidence, [f"{trace.key('trainer.gradient_clip_val')}={2 * usual:.2g}"], 0.65,
@@ -198,9 +200,8 @@ def lr_too_high(trace: Trace, symptom: str, evidence: dict, plots: list[Plot], c
     suggestion = f"{key}={peak / 10:.1g}" if peak else f"a tenth of {key}"
     return Finding(
         "lr-too-high", weight, f"Steps are too large: {symptom}.",
-        "Each step moves the weights by more than the gradient holds for: the loss is thrown about, outputs saturate, "
-        "and "
-        "the model ends at a constant output or at NaN.", evidence,
+        "Each step moves the weights by more than the gradient holds for: the loss is thrown about, outputs "
+        "saturate, and the model ends at a constant output or at NaN.", evidence,
         [f"{suggestion} (a Noam schedule's lr is a multiplier, not a rate)",
          f"a warm-up of 5 to 10 % of the steps: {trace.key('model.optim.sched.warmup_steps')}"],
         confidence, where=key, plots=plots)
@@ -250,14 +251,14 @@ def _general_fixes(trace: Trace) -> list[str]:
 
 def _plots(trace: Trace, bad: BadStep) -> list[Plot]:
     plots = []
-    if trace.get("loss"):
+    if trace.values("loss"):
         plots.append(trace.plot("Loss until it was not finite", {"loss": "loss"}, "loss", level=True))
-    if trace.get("grad_norm"):
+    if trace.values("grad_norm"):
         plots.append(trace.plot("Gradient norm", {"grad_norm": "before clipping"}, "norm"))
     if bad.growth is not None:
         plots.append(Plot(f"Largest output of {bad.module} over time", "frame", "largest absolute value",
                           {"": bad.growth}, "A stable recurrence keeps one level."))
-    if len(bad.depth) > 2:
+    if len(bad.depth) > 3:
         plots.append(Plot("Largest output of each module, in order of execution", "module", "largest absolute value",
                           {"": (list(range(1, len(bad.depth) + 1)), [v for _, v in bad.depth])},
                           f"the last is {bad.depth[-1][0]}"))

@@ -7,121 +7,19 @@ here says "prevents" for it before the run has had its chance. Standard library 
 from __future__ import annotations
 
 import math
-from statistics import fmean, median, pstdev
+from statistics import fmean, median
 
 from tools.doctor.bands import outside
 from tools.doctor.finding import Finding
-from tools.doctor.nonfinite import lr_too_high, non_finite
+from tools.doctor.nonfinite import non_finite
+from tools.doctor.rates import learning_rate
 from tools.doctor.registry import NotExamined, check
-from tools.doctor.trace import Trace, shape, still_rising
+from tools.doctor.trace import EARLY_STEPS, OVER_STEPS, Trace, shape
 
-EARLY_STEPS = 200  # after the warm-up: before that a plateau is no news
-OVER_STEPS, LATE_STEPS = 600, 2000  # and after so many it is one: of a run that is over, of any run
+LATE_STEPS = 2000  # a plateau that has lasted so long is one, whatever the plan
 BLANK, LETTER = 0.97, 0.9
-TINY_UPDATE, HUGE_UPDATE = 1e-6, 0.1  # of the weights' size in one step
 SLOW_DATA = 0.3
 HIDDEN_WARNING, HIDDEN_STOPS = 0.001, 0.3  # share of utterances whose loss is infinite
-
-
-def learning_rate(trace: Trace) -> list[Finding]:
-    """Learning rate of zero, too low, too high, or never out of its warm-up."""
-    rates = [(s, v) for s, v in trace.get("lr") if math.isfinite(v)]
-    curve = shape(trace)
-    updates = [v for v in trace.values("update") if v >= 0]
-    plots = [trace.plot("Learning rate", {"lr": ""}, "rate")] if rates else []
-    if trace.get("loss"):
-        plots.insert(0, trace.plot("Loss", {"loss": "loss"}, "loss", level=True))
-    key = trace.key("model.optim.lr")
-    found: list[Finding] = []
-    if len(rates) >= 3 and max(v for _, v in rates[1:]) == 0:
-        return [Finding("lr-zero", "prevents", f"The learning rate is 0 in all {rates[-1][0]} steps.",
-                        "Nothing is updated.", {"steps": rates[-1][0]}, [f"{key}=1e-3"], 1.0, where=key, plots=plots)]
-    learned = curve is not None and curve.learned and not curve.lost
-    if learned:
-        return []
-    if not rates and not updates:
-        raise NotExamined("no learning rate in these logs")
-    peak = max((v for _, v in rates), default=None)
-    share = trace.last_step / trace.planned if trace.planned else None
-    if trace.warmup and trace.planned and trace.warmup >= 0.7 * trace.planned and trace.last_step > 2:
-        found.append(_warmup(trace, f"The warm-up takes {trace.warmup} steps and the run has {trace.planned}", 0.95,
-            plots,
-                             peak))
-    elif (rates and still_rising(rates) and (trace.ended or (share or 0) > 0.8) and curve is not None
-          and not curve.learned and trace.last_step >= 50):
-        found.append(_warmup(trace, f"The learning rate was still rising at the last step, {rates[-1][0]}", 0.75, plots,
-            peak))
-    elif updates and len(updates) >= 3 and median(updates) < TINY_UPDATE and trace.last_step >= 50:
-        found.append(Finding(
-            "lr-too-low", "prevents",
-            f"A step moves the weights by {median(updates):.1e} of their size (the median): hardly at all.",
-            "At this rate a run of usual length ends where it began.",
-            {"relative update, median": median(updates), "peak learning rate": peak}, [f"{key}=1e-3"], 0.85, where=key,
-            plots=[*plots, trace.plot("Size of a step relative to the weights", {"update": ""}, "relative update")]))
-    late = updates[len(updates) // 2:]
-    after = trace.last_step - (trace.warmup or 0)
-    if len(updates) >= 6 and median(late) > HUGE_UPDATE and curve is not None and curve.stuck and after >= 50:
-        found.append(lr_too_high(
-            trace, f"each moves the weights by {median(late):.0%} of their size (the median), and the loss stays at "
-            f"{curve.last:.3g}", {"relative update, median": median(late), "loss at the end": curve.last},
-            [*plots, trace.plot("Size of a step relative to the weights", {"update": ""}, "relative update")], 0.9))
-    elif curve is not None and curve.stuck and after >= 100 and len(updates) >= 3 and max(updates[:10]) > 0.5:
-        found.append(lr_too_high(
-            trace, f"one of the first moved the weights by {max(updates[:10]):.0%} of their size, and the loss stays "
-                   "at "
-            f"{curve.last:.3g}", {"relative update, largest at the start": max(updates[:10]),
-                "loss at the end": curve.last},
-            [*plots, trace.plot("Size of a step relative to the weights", {"update": ""}, "relative update")], 0.8,
-            "prevents" if curve.last > 1.2 * curve.level or after >= OVER_STEPS else "warning"))
-    elif curve is not None and curve.stuck and after >= 100 and _thrown_about(trace, curve):
-        found.append(lr_too_high(
-            trace, f"the loss is thrown about around {curve.last:.3g}, above the {curve.level:.3g} of predicting "
-                   "letters "
-            "without listening", {"loss at the end": curve.last, "level": curve.level}, plots, 0.7))
-    elif curve is not None and curve.lost and rates:
-        found += _lost_to_rate(trace, curve, rates, plots)
-    elif (peak is not None and peak > 2e-2 and "adam" in (trace.optimizer or "adam").lower() and curve is not None
-          and curve.stuck and after >= EARLY_STEPS and _at(rates, trace.last_step) > 2e-2):
-        found.append(lr_too_high(
-            trace, f"the rate is {peak:.2g} with {trace.optimizer or 'an adaptive optimizer'}, and the loss stays at "
-            f"{curve.last:.3g}", {"loss at the end": curve.last}, plots, 0.75,
-            "prevents" if curve.flat and after >= OVER_STEPS else "warning"))
-    return found
-
-
-def _warmup(trace: Trace, what: str, confidence: float, plots, peak) -> Finding:
-    sched = trace.key("model.optim.sched.warmup_steps")
-    steps = trace.planned or trace.last_step
-    return Finding(
-        "warmup-too-long", "prevents", f"{what}: the run ends in its warm-up, at a rate of {peak:.2g}.",
-        "The schedule was made for a longer run or a larger batch: the peak that it was tuned for is never reached.",
-        {"warm-up steps": trace.warmup, "steps": steps, "highest learning rate reached": peak},
-        [f"{sched}={max(int(0.1 * steps), 1)} (a tenth of the steps)",
-         "NoamAnnealing ends its warm-up at d_model**-0.5 * warmup_steps**-0.5 * lr: with fewer warm-up steps check "
-         "that peak"],
-        confidence, where=sched, plots=plots)
-
-
-def _thrown_about(trace: Trace, curve) -> bool:
-    late = trace.values("loss", since=0.5)
-    return len(late) >= 8 and fmean(late) > 1.3 * curve.level and pstdev(late) > 0.15 * fmean(late)
-
-
-def _at(points, step) -> float:
-    return next((v for s, v in reversed(points) if s <= step), points[0][1])
-
-
-def _lost_to_rate(trace: Trace, curve, rates, plots) -> list[Finding]:
-    """It learned at a lower rate and lost it as the rate rose."""
-    # The best of the smoothed loss lags a little behind the best of the loss.
-    good = min((v for s, v in rates if 0.9 * curve.best_step <= s <= curve.best_step), default=0.0)
-    bad = max(v for s, v in rates if s <= (curve.lost_step or curve.last_step))
-    if good > 0 and bad > 1.5 * good:
-        return [lr_too_high(
-            trace, f"the loss was {curve.best:.3g} at step {curve.best_step} with a rate of {good:.2g}, and rose to "
-            f"{curve.last:.3g} when the rate rose to {bad:.2g}", {"rate at the best step": good, "highest rate": bad},
-            plots, 0.8)]
-    return []
 
 
 def progress(trace: Trace) -> list[Finding]:
@@ -151,8 +49,7 @@ def progress(trace: Trace) -> list[Finding]:
         return [Finding(
             "run-early", "note",
             f"At step {curve.last_step} the loss ({curve.last:.3g}) is not below that of predicting letters without "
-            "listening "
-            f"({curve.level:.3g}): every CTC run starts so.",
+            f"listening ({curve.level:.3g}): every CTC run starts so.",
             "CTC first learns to emit blanks, then the commonest letters, and only then to listen.", outputs,
             ["the run is over: give it more steps" if over else
              f"wait until about step {(trace.warmup or 0) + 2 * EARLY_STEPS}, then look again"], 0.6, plots=plots)]
@@ -161,8 +58,8 @@ def progress(trace: Trace) -> list[Finding]:
     follows = f" This follows from {', '.join(causes)}." if causes else ""
     top = f" ({trace.top_label!r})" if trace.top_label else ""
     general = [
-        "python -m tools.ladder: can the model learn one batch? If not, the fault is in the model, the targets or the "
-        "loss",
+        "python -m tools.ladder: can the model learn one batch? If not, the fault is in the model, the targets or "
+        "the loss",
         "python -m tools.doctor check on the same configuration: model and data are probed",
         f"{trace.key('model.optim.lr')} three times lower, then three times higher",
     ]
@@ -177,16 +74,14 @@ def progress(trace: Trace) -> list[Finding]:
         return [Finding(
             "run-collapse-letter", weight,
             f"After {curve.last_step} steps the model writes one letter{top}: {letter:.0%} of the frames that are not "
-            "blank, "
-            f"and the loss stays at {curve.last:.3g}.{follows}",
+            f"blank, and the loss stays at {curve.last:.3g}.{follows}",
             "The output does not depend on what is heard: the best constant answer is the commonest letter.", outputs,
             general, 0.7, plots=plots)]
     above = curve.last > 1.2 * curve.level
     return [Finding(
         "run-plateau", weight,
         f"After {curve.last_step} steps the loss is {curve.last:.3g}, {'far above that' if above else 'that'} of "
-        "predicting letters "
-        f"without listening ({curve.level:.3g}).{follows}",
+        f"predicting letters without listening ({curve.level:.3g}).{follows}",
         "Not even how often letters occur has been learned." if above else
         "The model has learned how often letters occur and nothing of the audio.", outputs, general, 0.6, plots=plots)]
 
@@ -208,12 +103,13 @@ def _late(trace: Trace, name: str) -> float | None:
 
 
 def _progress_plots(trace: Trace):
-    plots = [trace.plot("Loss", {"loss": "train", "val_loss": "validation"} if trace.loss_unit == "character"
-                        else {"loss": "train"}, "nats a character" if trace.loss_unit == "character" else "loss",
-                            level=True,
-                        note="Below the line of letters alone the model has begun to listen." if trace.level else "")]
-    rates = {"blank_rate": "blank", "letter_rate": "commonest letter of the rest",
-        "val_blank_rate": "blank, validation"}
+    characters = trace.loss_unit == "character"
+    lines = {"loss": "train", "val_loss": "validation"} if characters else {"loss": "train"}
+    note = "Below the line of letters alone the model has begun to listen." if trace.level else ""
+    plots = [trace.plot("Loss", lines, "nats a character" if characters else "loss", level=True, note=note)]
+    rates = {
+        "blank_rate": "blank", "letter_rate": "commonest letter of the rest", "val_blank_rate": "blank, validation",
+    }
     if any(trace.get(name) for name in rates):
         plots.append(trace.plot("What the frames say", rates, "share of frames"))
     if trace.get("val_wer"):
@@ -224,21 +120,19 @@ def _progress_plots(trace: Trace):
 def _diverged(trace: Trace, curve, blank, letter, outputs, plots) -> Finding:
     outputs = {"best loss": curve.best, "at step": curve.best_step, "lost from step": curve.lost_step, **outputs}
     what = ""
-    id = "run-diverged"
+    id_ = "run-diverged"
     if blank is not None and blank >= BLANK:
-        id, what = "run-collapse-blank", f", and {blank:.1%} of the frames are blank"
+        id_, what = "run-collapse-blank", f", and {blank:.1%} of the frames are blank"
     elif letter is not None and letter >= LETTER and curve.level is not None and curve.last > 0.9 * curve.level:
-        id, what = "run-collapse-letter", f", and {letter:.0%} of the other frames are one letter"
+        id_, what = "run-collapse-letter", f", and {letter:.0%} of the other frames are one letter"
     causes = causes_of(trace)
     return Finding(
-        id, "note" if causes else "prevents",
+        id_, "note" if causes else "prevents",
         f"The loss had reached {curve.best:.3g} at step {curve.best_step}; from step {curve.lost_step} on it is lost "
-        "again, "
-        f"{curve.last:.3g} at step {curve.last_step}{what}." + (f" This follows from {', '.join(causes)}." if causes
-            else ""),
-        "A late collapse: one or a few steps were large enough to leave the region in which the model worked. This is "
-        "no "
-        "start-up plateau.", outputs,
+        f"again, {curve.last:.3g} at step {curve.last_step}{what}."
+        + (f" This follows from {', '.join(causes)}." if causes else ""),
+        "A late collapse: one or a few steps were large enough to leave the region in which the model worked. This "
+        "is no start-up plateau.", outputs,
         [f"go on from a checkpoint before step {curve.best_step}, with {trace.key('model.optim.lr')} at a third",
          f"{trace.key('trainer.gradient_clip_val')}=1.0", f"{trace.key('trainer.precision')}=32 or bf16-mixed"],
         0.9, plots=plots)
@@ -256,8 +150,7 @@ def targets(trace: Trace) -> list[Finding]:
     return [Finding(
         "data-upper-case" if space else "data-characters", "prevents",
         f"{most:.0%} of all targets of the first {trace.utterances_seen} utterances are {label!r}: that is what the "
-        "model "
-        "will write.",
+        "model will write.",
         "The text's letters are not among the labels and were dropped without a word; what is left are the spaces. "
         "LibriSpeech's own transcripts are upper-case." if space else
         "Most of the text was dropped, or all texts are the same.",
@@ -282,9 +175,8 @@ def hidden_losses(trace: Trace) -> list[Finding]:
     return [Finding(
         "infinite-loss-hidden", "prevents" if heavy else "note" if light else "warning",
         f"{said} utterances have an infinite loss: their targets do not fit into the frames that the model puts out.",
-        "CTC needs a frame for each label and one more between equal neighbours. zero_infinity sets such a loss to 0: "
-        "nothing "
-        "is learned from them, they still count in the mean, and nobody is told.",
+        "CTC needs a frame for each label and one more between equal neighbours. zero_infinity sets such a loss to "
+        "0: nothing is learned from them, they still count in the mean, and nobody is told.",
         {"utterances": count, "share": share, "which": which},
         ["lower the encoder's subsampling factor, or use a larger sub-word vocabulary",
          "leave these utterances out; look whether their audio and text belong together"],
@@ -310,8 +202,10 @@ def unmoved(trace: Trace) -> list[Finding]:
 
 def overfitting(trace: Trace) -> list[Finding]:
     """Validation loss that rises while train loss falls."""
-    val = [(s, v) for s, v in trace.get("val_loss") if math.isfinite(v)]
     train = shape(trace)
+    if (by_heart := _only_by_heart(trace, train)) is not None:
+        return [by_heart]
+    val = [(s, v) for s, v in trace.get("val_loss") if math.isfinite(v)]
     if len(val) < 3 or train is None:
         raise NotExamined("fewer than three validations")
     best_step, best = min(val, key=lambda p: p[1])
@@ -323,17 +217,36 @@ def overfitting(trace: Trace) -> list[Finding]:
     worse = not wers or wers[-1][1] > min(v for _, v in wers) * 1.02
     return [Finding(
         "run-overfitting", "warning" if worse else "note",
-        f"Validation loss was {best:.3g} at step {best_step} and is {last:.3g} at step {last_step}, while the train "
-        "loss fell "
-        f"to {train.last:.3g}." + ("" if worse else " The word error rate has not risen with it: such a loss is often "
-        "only "
-                                   "over-sure."),
+        f"Validation loss was {best:.3g} at step {best_step} and is {last:.3g} at step {last_step}, while the train loss "
+        f"fell to {train.last:.3g}."
+        + ("" if worse else " The word error rate has not risen with it: such a loss is often only over-sure."),
         "The model learns the train utterances by heart.",
         {"best validation loss": best, "at step": best_step, "last": last, "train loss": train.last},
-        [f"keep the checkpoint of step {best_step}", "more SpecAugment (model.spec_augment.time_masks), dropout, "
-                                                     "weight decay",
+        [f"keep the checkpoint of step {best_step}",
+         "more SpecAugment (model.spec_augment.time_masks), dropout, weight decay",
          f"fewer steps: {trace.key('trainer.max_steps')}={best_step}"], 0.85,
         plots=[trace.plot("Loss", {"loss": "train", "val_loss": "validation"}, "loss")])]
+
+
+def _only_by_heart(trace: Trace, train) -> Finding | None:
+    """Train loss far down, and not a word of the validation right: more than ordinary overfitting."""
+    wers = [(s, v) for s, v in trace.get("val_wer") if math.isfinite(v)]
+    if not wers or train is None or not train.level or wers[-1][0] < 50 or wers[-1][1] < 0.9:
+        return None
+    then = [v for s, v in trace.get("loss") if 0.8 * wers[-1][0] <= s <= wers[-1][0] and math.isfinite(v)]
+    if not then or median(then) > 0.3 * train.level:
+        return None
+    return Finding(
+        "run-overfitting", "warning",
+        f"At step {wers[-1][0]} the train loss is {median(then):.3g}, and the word error rate of the validation is "
+        f"{wers[-1][1]:.0%}: the train batches are known by heart and nothing else.",
+        "Too few utterances; or the model's output depends on what a validation does not have: the other utterances "
+        "of the batch, the padding, the statistics of train mode.",
+        {"train loss": median(then), "validation WER": wers[-1][1], "steps": train.last_step},
+        ["python -m tools.doctor check on the same configuration: batch-leak, padding-leak and train-eval-differ are "
+         "probed", "more utterances"], 0.6,
+        plots=[trace.plot("Train loss", {"loss": "train"}, "loss", level=True),
+               trace.plot("Word error rate", {"val_wer": "validation"}, "WER")])
 
 
 def slow_data(trace: Trace) -> list[Finding]:

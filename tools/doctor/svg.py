@@ -8,7 +8,7 @@ from html import escape
 from tools.doctor.finding import Plot
 
 WIDTH, HEIGHT = 560, 250
-LEFT, RIGHT, TOP, BOTTOM = 62, 12, 12, 40
+LEFT, RIGHT, TOP, BOTTOM = 62, 20, 12, 40
 # Told apart by people who do not see red and green alike (Okabe and Ito 2008).
 COLOURS = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#b8860b", "#56b4e9", "#7f7f7f", "#000000")
 POINTS = 600  # a line: more are not seen at this width

@@ -17,6 +17,8 @@ LETTERS_ONLY = 2.85
 LEARNED = 0.8  # of that level: below it the audio has been used
 RANDOM = 0.93  # above this share of it nothing was learned
 
+EARLY_STEPS = 200  # after the warm-up: before that a plateau is no news
+OVER_STEPS = 600  # a run that is over after so many and still on its plateau has not learned
 KEPT = 2000  # points of a series
 
 Points = list[tuple[int, float]]

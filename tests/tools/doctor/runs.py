@@ -83,10 +83,11 @@ def fit(model, data, folder, steps: int = 60, validation=None, clip: float | Non
     """Trains; returns the callback. Errors of the run are raised."""
     pl.seed_everything(seed, verbose=False)
     watcher = Doctor(folder=folder, **doctor)
+    validates = validation is not None or getattr(model, "_validation_dl", None) is not None
     trainer = pl.Trainer(
         max_steps=steps, accelerator="cpu", logger=False, enable_checkpointing=False, enable_progress_bar=False,
         enable_model_summary=False, num_sanity_val_steps=0, gradient_clip_val=clip, callbacks=[watcher],
-        check_val_every_n_epoch=None, val_check_interval=steps // 2 if validation is not None else 1_000_000,
+        check_val_every_n_epoch=None, val_check_interval=steps // 2 if validates else 1_000_000,
         log_every_n_steps=1,
     )
     trainer.fit(model, data, validation)
@@ -116,12 +117,13 @@ def speech():
 RATE = 16000
 
 
-def tone_manifest(folder: Path, count: int = 24, seconds: float = 0.08, upper: bool = False, letters: int = 9) -> Path:
+def tone_manifest(folder: Path, count: int = 24, seconds: float = 0.08, upper: bool = False, letters: int = 9,
+                  seed: int = 1) -> Path:
     """Recordings of tones, one frequency a letter for so many seconds, with words of 3 letters; returns the
     manifest."""
     import soundfile
 
-    generator = np.random.default_rng(1)
+    generator = np.random.default_rng(seed)
     rows = []
     folder.mkdir(parents=True, exist_ok=True)
     for k in range(count):
@@ -138,7 +140,7 @@ def tone_manifest(folder: Path, count: int = 24, seconds: float = 0.08, upper: b
     return path
 
 
-def stock(manifest: Path, encoder: dict, width: int, optim: dict, batch: int = 8):
+def stock(manifest: Path, encoder: dict, width: int, optim: dict, batch: int = 8, validation: Path | None = None):
     """NeMo's EncDecCTCModel over lower-case letters, with its own loader and loss."""
     from nemo.collections.asr.models import EncDecCTCModel
     from omegaconf import OmegaConf
@@ -147,7 +149,9 @@ def stock(manifest: Path, encoder: dict, width: int, optim: dict, batch: int = 8
     data = {"manifest_filepath": str(manifest), "sample_rate": RATE, "labels": labels, "batch_size": batch,
         "shuffle": True,
             "num_workers": 0}
+    held = {**data, "manifest_filepath": str(validation), "shuffle": False}
     cfg = OmegaConf.create({
+        **({"validation_ds": held} if validation else {}),
         "sample_rate": RATE, "labels": labels, "train_ds": data,
         "preprocessor": {"_target_": "nemo.collections.asr.modules.AudioToMelSpectrogramPreprocessor", "features": 16,
                          "sample_rate": RATE, "window_size": 0.025, "window_stride": 0.01, "n_fft": 512, "dither": 1e-5,

@@ -197,6 +197,36 @@ def test_history_2_steps_that_are_too_large(tmp_path):
     assert not [f for f in report.findings if f.id.startswith("run-") and f.weight == "prevents"]
 
 
+class OverTheBatch(nn.Module):
+    """DeepSpeech2 in small, as somebody really wrote it: `batch_first=True` is forgotten, so the GRU runs over the
+    batch."""
+
+    def __init__(self, width: int = 32):
+        super().__init__()
+        self.convolution = nn.Conv1d(16, width, 3, stride=4, padding=1)
+        self.gru = nn.GRU(width, width // 2, bidirectional=True)
+
+    def forward(self, audio_signal, length):
+        x, _ = self.gru(self.convolution(audio_signal).relu().transpose(1, 2))
+        return x.transpose(1, 2), (length - 1) // 4 + 1
+
+
+def test_history_2_one_batch_by_heart_and_nothing_else(tmp_path):
+    """Learns its batch, and on other utterances is wrong in all words: the probes at the end of the run say why."""
+    train = tone_manifest(tmp_path / "train", count=8, letters=13)
+    held = tone_manifest(tmp_path / "held", count=8, letters=13, seed=2)
+    model = stock(train, conformer_encoder(), 32, {"name": "adamw", "lr": 5e-3}, validation=held)
+    model.encoder = OverTheBatch()
+    doctor = fit(model, None, tmp_path, 240)
+    report = doctor.report(probes=True)
+    assert doctor.trace.values("loss")[-1] < 0.3 and doctor.trace.values("val_wer")[-1] > 0.9
+    assert report.findings[0].id == "batch-leak" and report.findings[0].weight == "prevents"
+    by_heart = next(f for f in report.findings if f.id == "run-overfitting")
+    assert by_heart.weight == "note" and "by heart" in by_heart.symptom and "batch-leak" in by_heart.symptom
+    saved = Report.from_dict(json.loads((tmp_path / "doctor" / "report.json").read_text()))
+    assert saved.findings[0].id == "batch-leak"
+
+
 # ---- history 3: hardly converges ------------------------------------------------------------------------------
 
 
@@ -215,6 +245,20 @@ def test_history_3_a_warm_up_longer_than_the_run(manifest, tmp_path):
         probe=False)
     assert mended.report().exit_code == 0
     assert mended.trace.values("loss")[-1] < 0.5 < 2 < slow.trace.values("loss")[-1]
+
+
+# ---- it must not end a run of itself ---------------------------------------------------------------------------
+
+
+def test_a_fault_of_the_callback_switches_it_off_and_the_run_goes_on(tmp_path, monkeypatch):
+    def fails(*arguments):
+        raise ZeroDivisionError("made up")
+
+    monkeypatch.setattr("tools.doctor.listen.spread", fails)
+    doctor = fit(Plain(nn.Linear(FEATURES, 8), 8), loader(speech()), tmp_path, 12, probe=False)
+    assert doctor._model.trainer.global_step == 12
+    saved = Report.from_dict(json.loads((tmp_path / "doctor" / "report.json").read_text()))
+    assert any("ZeroDivisionError in on_train_batch_end: made up" in line for line in saved.not_examined)
 
 
 # ---- one fault each -------------------------------------------------------------------------------------------

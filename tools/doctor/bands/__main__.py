@@ -14,8 +14,7 @@ from tools.doctor.bands import FOLDER, learn
 def main(arguments: list[str] | None = None) -> int:
     """Writes one band file; returns the exit status."""
     parser = argparse.ArgumentParser(prog="python -m tools.doctor.bands", description=__doc__)
-    parser.add_argument("curves", nargs="+", type=Path, help="curve.csv of healthy runs, of several seeds where there "
-        "are")
+    parser.add_argument("curves", nargs="+", type=Path, help="curve.csv of healthy runs, of several seeds if there are")
     parser.add_argument("--recipe", required=True)
     parser.add_argument("--corpus", required=True)
     parser.add_argument("--out", type=Path, help="default: <recipe>_<corpus>.json beside this module")
