@@ -67,7 +67,13 @@ def run_check(args, rest: list[str]) -> Report:
     from tools.doctor.subject import LIGHT_FAMILIES
 
     overrides = [*args.overrides, *rest]
-    manifests = {role: getattr(args, role) for role in ("train", "validation", "test") if getattr(args, role)}
+    manifests = {}
+    for role in ("train", "validation", "test"):
+        # An override behind --train a.json b.json is taken for one more path.
+        paths = getattr(args, role) or []
+        overrides += [path for path in paths if "=" in path and not os.path.exists(path)]
+        if paths := [path for path in paths if path not in overrides]:
+            manifests[role] = paths
     families = with_data(args.only)
     config = args.config_name or args.config
     light = families is not None and set(families) <= LIGHT_FAMILIES

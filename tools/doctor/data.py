@@ -145,16 +145,21 @@ def case_of_text(subject):
         )
 
 
-@check("data", faults=("data-characters",), needs=("manifests",))
+@check("data", faults=("data-characters", "data-upper-case"), needs=("manifests",))
 def characters_of_text(subject):
     """Texts hold only what the labels can spell."""
     if subject.labels is None:
         raise NotExamined("no character labels are known (sub-word tokens, or no configuration)")
     outside = validation(subject).outside
+    labels = set(subject.labels)
+    capital_labels = {char for char in outside if char not in labels and char.upper() in labels}
     for file, utterances, found in by_file(subject, {"outside_labels"}):
         count = lines_of(found)
         kinds = {name_character(char): info["count"] for char, info in
                  sorted(outside.items(), key=lambda item: -item[1]["count"]) if char.lower() not in subject.labels}
+        if capital_labels and sum(outside[char]["count"] for char in capital_labels) > 0.5 * sum(kinds.values()):
+            yield _capital_labels(subject, file, count, utterances, found)
+            continue
         control = [char for char in outside if not char.isprintable()]
         yield Finding(
             "data-characters",
@@ -169,6 +174,21 @@ def characters_of_text(subject):
             1.0,
             where=f"{file}:{found[0].line}",
         )
+
+
+def _capital_labels(subject, file, count, utterances, found) -> Finding:
+    return Finding(
+        "data-upper-case",
+        "prevents" if stops_at_text(subject, file) else grade(subject, file, count, utterances),
+        f"{count} of {utterances} texts of {file} are lower case, the labels are capitals: {found[0].message}.",
+        "NeMo drops every character that is not among the labels without a word: of such a text only the spaces are "
+        "left "
+        "as targets, and the model learns those.",
+        {"utterances": count, "of": utterances, "first": examples(found)},
+        ["model.labels and model.decoder.vocabulary in the case of the texts"],
+        1.0,
+        where=f"{file}:{found[0].line}",
+    )
 
 
 @check("data", faults=("data-empty-text",), needs=("manifests",))

@@ -114,9 +114,9 @@ def dither_is_small(subject):
                    ["model.preprocessor.dither=1e-5"], 0.9, "prevents" if together < 0.3 else "warning")
 
 
-@check("features", faults=("norm-padding",), needs=("model",))
-def features_leave_padding_out(subject):
-    """Features of an utterance do not depend on the padding behind it."""
+@check("features", faults=("norm-padding", "batch-leak"), needs=("model",))
+def features_leave_the_batch_out(subject):
+    """Features of an utterance depend neither on padding nor on the rest of the batch."""
     probe = subject.probe
     item = min(probe.items(), key=lambda i: len(i.audio))
     with untouched(probe.model), torch.no_grad():
@@ -125,6 +125,19 @@ def features_leave_padding_out(subject):
         probe.model.preprocessor.eval()
         padded, _ = probe.model.preprocessor(
             input_signal=torch.nn.functional.pad(audio, (0, audio.shape[1])), length=size)
+        louder = torch.cat([audio, audio.flip(1) * 20, audio * 0.01])
+        beside, _ = probe.model.preprocessor(input_signal=louder, length=size.repeat(3))
+    if beside.shape[2] == alone.shape[2] and relative(beside[0].float() - alone[0], alone[0].T) > 0.03:
+        yield Finding(
+            "batch-leak", "prevents",
+            "With louder and softer utterances beside it, the same utterance has features that differ by "
+            f"{relative(beside[0].float() - alone[0], alone[0].T):.0%} of their spread.",
+            "Features are normalised over the batch, not over each utterance: what is learned hangs on who shares a "
+            "batch.",
+            {"relative change": relative(beside[0].float() - alone[0], alone[0].T)},
+            ["mean and standard deviation over an utterance's own frames (model.preprocessor.normalize=per_feature)"],
+            0.9, where="preprocessor",
+        )
     valid = min(int(lengths[0]), padded.shape[2], alone.shape[2]) - 3  # the last windows hang over the end
     one, two = alone[0, :, :valid].T, padded[0, :, :valid].float().T
     if valid < 8 or not bool(torch.isfinite(one).all() & torch.isfinite(two).all()):

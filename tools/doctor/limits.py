@@ -126,6 +126,23 @@ def regularisation(subject):
             where=s.key("model.optim.weight_decay"))
 
 
+@check("limits", faults=("dropout-range",), needs=("model",))
+def dropout_of_modules(subject):
+    """Dropout modules of the live model are within reason."""
+    from torch import nn
+
+    rates = {name: float(m.p) for name, m in subject.model.named_modules()
+             if isinstance(m, nn.modules.dropout._DropoutNd) and m.p > 0.5}
+    if rates:
+        worst = max(rates, key=rates.get)
+        yield Finding(
+            "dropout-range", "prevents" if rates[worst] >= 0.8 else "warning",
+            f"{len(rates)} dropout modules set more than half of what passes to 0, {worst} {rates[worst]:.0%}.",
+            "A fresh model gets no usable signal through several such layers and stays with blanks.",
+            {"rates": dict(list(rates.items())[:8])}, ["0 to 0.3 (the argument is the share that is dropped)"], 0.85,
+            where=worst)
+
+
 @check("limits", faults=("precision-overflow",), needs=("config",))
 def precision(subject):
     """Numbers are wide enough."""

@@ -46,6 +46,7 @@ def order(moves) -> tuple[float, list[float]]:
 def time_is_kept(subject):
     """What changes at a time of the input changes the output at that time."""
     probe = subject.probe
+    probe.must_repeat()
     with probe.ready(), torch.no_grad():
         x, lengths = probe.features()
         item = int(lengths.argmax())

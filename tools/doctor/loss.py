@@ -154,9 +154,11 @@ def training_step_uses_it(subject):
                                     (out, targets, frames, sizes)):
             if seen.shape != true.shape or float((seen.double().cpu() - true.double().cpu()).abs().max()) > 1e-3:
                 wrong.append(name)
+    # NeMo's loss on the right inputs, and then something on top: an auxiliary term or a scale that may be meant.
+    on_top = given is not None and not wrong and own > 0 and 0.2 < own / max(expected[nearest], 1e-9) < 5
     yield Finding(
         "loss-wrong",
-        "prevents",
+        "warning" if on_top else "prevents",
         f"A training step's loss is {own:.4g}; the CTC loss of the same outputs and targets is {expected[nearest]:.4g} "
         f"({nearest})" + (f". The loss is given other {', '.join(wrong)} than the batch and the model have." if wrong
                           else "."),
@@ -166,7 +168,7 @@ def training_step_uses_it(subject):
         {"own": own, **{f"CTC, {name}": value for name, value in expected.items()}, "given otherwise": wrong},
         ["training_step: loss = self.loss(log_probs=log_probs, targets=transcript, input_lengths=encoded_len, "
          "target_lengths=transcript_len)"],
-        0.9,
+        0.6 if on_top else 0.9,
         where="training_step",
     )
 

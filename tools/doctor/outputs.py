@@ -7,8 +7,9 @@ import math
 import torch
 
 from tools.doctor.finding import Finding
+from tools.doctor.probe import relative, untouched
 from tools.doctor.registry import NotExamined, check
-from tools.doctor.tracing import describe, differs, trace
+from tools.doctor.tracing import describe, differs, first_difference, trace
 
 NORMALISED = 0.02  # nats by which the log of the sum of probabilities may miss 0
 CONFIDENT = 0.6  # probability that a frame must reach when the last layer's weights are large
@@ -18,24 +19,28 @@ CONFIDENT = 0.6  # probability that a frame must reach when the last layer's wei
 def outputs_are_finite(subject):
     """Outputs are finite."""
     probe = subject.probe
-    with probe.ready(), torch.no_grad():
+    with probe.ready(calibrate=False), torch.no_grad():  # with its own running statistics, which may be what is broken
         x, lengths = probe.features()
         out, _ = probe.forward(x, lengths)
         if bool(torch.isfinite(out).all()):
             return
         steps = trace(probe.model, lambda: probe.forward(x, lengths))
     first = next((s for s in steps if s.left is not None and not bool(torch.isfinite(s.left).all())), None)
-    bad = [name for name, p in probe.model.named_parameters() if not bool(torch.isfinite(p).all())]
+    tensors = [*probe.model.named_parameters(), *probe.model.named_buffers()]
+    bad = [name for name, p in tensors if p.is_floating_point() and not bool(torch.isfinite(p).all())
+           and not name.startswith("preprocessor.")]
     share = float((~torch.isfinite(out)).float().mean())
     yield Finding(
         "explodes",
         "prevents",
         f"{share:.0%} of the outputs are not finite, on features that are; first in "
         f"{describe(first) if first else 'the last step'}.",
-        "Its weights are not finite (the run that left them had diverged)." if bad else
+        "Its weights or running statistics are not finite: the run that left them had diverged, or met one input that "
+        "was not finite, which BatchNorm never forgets." if bad else
         "Values grow from layer to layer, or frame to frame, until float32 cannot hold them, or a logarithm, root or "
         "division meets 0.",
-        {"not finite": share, "first module": describe(first) if first else "-", "parameters not finite": bad[:5]},
+        {"not finite": share, "first module": describe(first) if first else "-",
+         "parameters and statistics not finite": bad[:5]},
         ["start from a checkpoint before the first NaN, and lower the learning rate"] if bad else
         ["bound or normalise what comes before it: LayerNorm, a gated recurrence (LSTM, GRU) instead of ReLU, smaller "
          "initial weights"],
@@ -148,6 +153,39 @@ def _sharpest(probe, x, lengths) -> float | None:
     if not bool(torch.isfinite(out).all()):
         return None
     return float(out.exp().amax(dim=2).flatten().median())
+
+
+@check("outputs", faults=("train-eval-differ",), needs=("model",))
+def outputs_repeat(subject):
+    """The same input gives the same output in eval mode."""
+    probe = subject.probe
+    with untouched(probe.model), torch.no_grad():  # with whatever chance the model has of its own
+        probe.model.eval()
+        x, lengths = probe.features()
+        torch.manual_seed(1)
+        steps = trace(probe.model, lambda: probe.forward(x, lengths))
+        one = probe.forward(x, lengths)[0]
+        torch.manual_seed(2)
+        two = probe.forward(x, lengths)[0]
+        again = trace(probe.model, lambda: probe.forward(x, lengths))
+    if not bool(torch.isfinite(one).all()):
+        raise NotExamined("outputs are not finite")
+    change = relative(one - two, one) if one.shape == two.shape else 1.0
+    if change > 1e-3:
+        found = first_difference(steps, again, 1e-4)
+        name = ("before " if found and found[2] else "") + describe(found[0]) if found else "code between modules"
+        yield Finding(
+            "train-eval-differ", "warning",
+            f"In eval mode the same input gives outputs that differ by {change:.0%} of their spread from one time to "
+            "the "
+            "next.",
+            "Dropout or augmentation is on in evaluation: torch.nn.functional.dropout(x, p) without "
+            "training=self.training, "
+            "or a mask that does not ask for the mode. Validation is worse than the model, and not repeatable.",
+            {"relative change": change, "first": name},
+            ["torch.nn.functional.dropout(x, p, training=self.training)"], 0.95,
+            where=found[0].name if found else "encoder",
+        )
 
 
 @check("outputs", faults=("output-constant", "vanishes"), needs=("model",))

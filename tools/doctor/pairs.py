@@ -38,7 +38,8 @@ def transcripts_beside_audio(subject):
     compared = 0
     for role, rows in subject.rows.items():
         known: dict[str, dict[str, str]] = {}
-        truth = [beside(row["audio_filepath"], known) for row in rows]
+        # A part of a recording has a part of its transcript: nothing to compare.
+        truth = [None if "offset" in row else beside(row["audio_filepath"], known) for row in rows]
         pairs = [(i, _words(row["text"]), true) for i, (row, true) in enumerate(zip(rows, truth)) if true is not None]
         compared += len(pairs)
         wrong = [(i, said, true) for i, said, true in pairs if not _alike(said, true)]

@@ -16,6 +16,8 @@ import torch
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
+from tools.doctor.registry import NotExamined
+
 DROPOUTS = {"dropout", "dropout_", "dropout1d", "dropout2d", "dropout3d", "alpha_dropout", "alpha_dropout_",
             "feature_dropout", "feature_dropout_", "feature_alpha_dropout"}
 # Attributes of a model, other than plain values, that a step or the making of an optimizer replaces.
@@ -104,6 +106,7 @@ class Probe:
         self.vocabulary = [str(label) for label in vocabulary] if vocabulary is not None else []
         self.labels = None if getattr(model, "tokenizer", None) is not None or not self.vocabulary else self.vocabulary
         self._features: tuple[Tensor, Tensor] | None = None
+        self._repeats: bool | None = None
 
     # ---- inputs --------------------------------------------------------------------------------------------
 
@@ -191,6 +194,16 @@ class Probe:
         """Features (B, D, T), lengths (B) to (log-probs (B, T', V+1) float32, lengths (B)), in the current mode."""
         out = self.model.forward(processed_signal=x, processed_signal_length=lengths)
         return out[0].float(), out[1]
+
+    def must_repeat(self) -> None:
+        """Raises NotExamined where the same input gives different outputs in eval mode: no probe can compare then."""
+        if self._repeats is None:
+            with self.ready(), torch.no_grad():
+                x, lengths = self.features()
+                one, two = self.forward(x, lengths)[0], self.forward(x, lengths)[0]
+                self._repeats = one.shape == two.shape and not relative(one - two, one) > 1e-3
+        if not self._repeats:
+            raise NotExamined("outputs in eval mode are random")
 
     @contextlib.contextmanager
     def ready(self, train: bool = False, calibrate: bool = True, own_dropout: bool = False) -> Iterator[None]:

@@ -126,6 +126,10 @@ class Subject:
 
         try:
             self._probe = open_model(self)
+            if self.settings is None:  # a .nemo brings its own
+                self.settings = Settings.of_live(self._probe.model)
+                if not any(self.manifests.values()):
+                    self._open_manifests()
         except ModelUnreadable as error:
             self._model_failed = True
             self.findings.append(error.finding)

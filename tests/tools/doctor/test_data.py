@@ -76,6 +76,12 @@ def test_few_bad_texts_are_a_warning_and_counted(audio, tmp_path):
     assert (first.id, first.weight, first.evidence["utterances"]) == ("data-characters", "warning", 2)
 
 
+def test_capital_labels_against_lower_case_texts(audio, tmp_path):
+    config = {"model": {"labels": [" ", *"ABCDEFGHIJKLMNOPQRSTUVWXYZ'"]}}
+    report = examine(config=config, manifests={"train": manifest(tmp_path, audio)}, families=["data"])
+    assert report.ids[0] == "data-upper-case" and report.exit_code == 1
+
+
 def test_a_missing_text_field_is_an_empty_text(audio, tmp_path):
     rows = [{k: v for k, v in row.items() if k != "text"} for row in audio]
     assert ids(tmp_path, rows).ids == ["data-empty-text"]

@@ -249,6 +249,8 @@ FAULTS = {
     "own dropout unscaled": ("train-eval-differ", lambda: around(
         lambda self, x, n: (lambda y, m: (y * (torch.rand_like(y) > 0.6) if self.training else y, m))(
             *self.inner(audio_signal=x, length=n)))),
+    "dropout that is always on": ("train-eval-differ", after(lambda y, n: (F.dropout(y, 0.3), n))),
+    "features of the batch": ("batch-leak", with_features(lambda x, n: (x - x.mean(0, keepdim=True), n))),
     "normalisation over padding": ("norm-padding", lambda: around(own_norm)),
     "attention sees padding": ("padding-leak", lambda: around(
         lambda self, x, n: (self.inner(audio_signal=x, length=torch.full_like(n, x.shape[2]))[0], (n + 3) // 4))),
@@ -285,7 +287,7 @@ def test_the_first_module_that_breaks_is_named():
         model.encoder.encoder[1].mconv[0].conv.weight.fill_(float("nan"))
     found = probe(model, ["outputs"]).findings[0]
     assert found.id == "explodes" and found.where == "encoder.encoder.1.mconv.0.conv"
-    assert found.evidence["parameters not finite"] == ["encoder.encoder.1.mconv.0.conv.weight"]
+    assert found.evidence["parameters and statistics not finite"] == ["encoder.encoder.1.mconv.0.conv.weight"]
 
 
 def test_targets_that_do_not_fit_are_counted_exactly(tmp_path):
