@@ -201,7 +201,7 @@ class _RecipeModel:
         if signals is not None:
             rows = (~torch.isfinite(signals)).flatten(1).any(dim=1)
             if bool(rows.any()):
-                source = f"; the audio itself is not finite in {[i for i, bad in zip(ids, rows.tolist()) if bad]}"
+                source = f"; the audio or its features are not finite in {[i for i, bad in zip(ids, rows.tolist()) if bad]}"
         broken = [name for name, p in self.named_parameters() if not bool(torch.isfinite(p).all())]
         if broken:
             source += f"; {len(broken)} parameters are not finite any more, first {broken[0]}"
