@@ -4,7 +4,6 @@ import hashlib
 import json
 import re
 from collections import Counter
-from statistics import median
 
 import pytest
 
@@ -14,7 +13,7 @@ from manifests.mini.plan import plan
 from manifests.mini.text import SIZES, TESTS, owner, sentences
 from manifests.mini.voices import DEV_ONLY, KNOWN, UNSEEN
 
-VERSION_AND_PLAN = ("3-db8668425672", "c60dcb663d07")
+VERSION_AND_PLAN = ("3-ed927ee46175", "06bb7c4250b2")
 # Pairs that sound alike: only one of each may be used, else a right hypothesis could be counted as an error.
 HOMOPHONES = """
     to two|to too|for four|ate eight|our hour|flower flour|sea see|no know|new knew|by buy|write right|hear here
@@ -60,9 +59,9 @@ def test_dev_and_known_tests_are_far_from_each_train_sentence(text):
 
 
 def test_train_lexicon(train):
-    assert 500 <= len(train) <= 700
-    assert median(train.values()) >= 12
-    assert sum(count >= 5 for count in train.values()) >= 400
+    assert 900 <= len(train) <= 1300
+    assert sum(count >= 5 for count in train.values()) >= 450
+    assert sum(count <= 3 for count in train.values()) >= 400  # words that teach spelling, not to be known by heart
     assert train.most_common(1)[0][1] < 0.08 * train.total()
 
 
@@ -78,7 +77,7 @@ def test_letters(text):
 
 def test_known_word_parts_hold_words_of_train_only(text, train):
     for subset in ("dev", "test-known", "test-unseen-voices"):
-        assert min(train[word] for word in tokens(text[subset])) >= 12
+        assert min(train[word] for word in tokens(text[subset])) >= 8
 
 
 @pytest.mark.parametrize("seed", [0, 1])
@@ -90,7 +89,7 @@ def test_new_words_are_a_tenth_of_the_test_tokens(seed):
     for sentence in text["test-new-words"]:
         new = [word for word in sentence.words if word not in train]
         assert 2 <= len(new) <= 3
-        assert all(train[word] >= 12 for word in sentence.words if word not in new)
+        assert all(train[word] >= 8 for word in sentence.words if word not in new)
 
 
 def made_of_known_parts(word: str, train) -> bool:
@@ -109,7 +108,7 @@ def made_of_known_parts(word: str, train) -> bool:
 
 def test_most_new_words_are_made_of_parts_that_train_has(text, train):
     new = Counter(word for word in tokens(text["test-new-words"]) if word not in train)
-    assert len(new) >= 120
+    assert len(new) >= 100
     made = sum(count for word, count in new.items() if made_of_known_parts(word, train))
     assert 0.5 <= made / new.total() <= 0.8
     assert made_of_known_parts("gardener", train) and not made_of_known_parts("tent", train)
