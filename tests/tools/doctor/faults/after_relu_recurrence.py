@@ -1,4 +1,4 @@
-"""A dead run of DeepSpeech with torchaudio's options: ReLU recurrence, no normalisation, no clipping. NaN."""
+"""A dead run of DeepSpeech with torchaudio's options: ReLU recurrence, no normalisation, no clipping."""
 
 from tests.tools.doctor.faults import Fault
 from tests.tools.doctor.setups import tones
@@ -18,4 +18,4 @@ def make(folder):
     return {"run": str(run)}
 
 
-FAULT = Fault("after_relu_recurrence", ("explodes", "run-nan", "clip-missing", "lr-too-high"), "after", make)
+FAULT = Fault("after_relu_recurrence", ("explodes", "lr-too-high", "clip-missing", "run-plateau"), "after", make)
