@@ -116,8 +116,10 @@ python=.venv/bin/python
 mkdir -p "$exp"
 if [ -n "$data" ]; then tree=$data; elif [ "$corpus" = mini ]; then tree=data/mini_tree/LibriSpeech; else tree=data/LibriSpeech; fi
 tests=$($python -m manifests.corpus tests "$corpus")
+sources=conf/corpus/$corpus.yaml
+if [ "$corpus" = mini ]; then sources+=" manifests/mini/grammar.txt manifests/mini/newwords.txt manifests/mini/voices.py"; fi
 
-run_stage 0 corpus "conf/corpus/$corpus.yaml" "$tree" $python -m manifests.corpus fetch "$corpus" "${where[@]}"
+run_stage 0 corpus "$sources" "$tree" $python -m manifests.corpus fetch "$corpus" "${where[@]}"
 run_stage 1 manifests "conf/corpus/$corpus.yaml data/.stages/$corpus-0" "$manifests/train.json $manifests/dev.json" \
   $python -m manifests.corpus build "$corpus" "${where[@]}" --out "$manifests" --check
 if [ -n "$tokenizer" ]; then

@@ -46,7 +46,7 @@ def fetch(name: str, data: Path | None = None, mirror: str | None = None) -> Pat
     if corpus["source"] == "mini":
         from manifests import mini
 
-        return mini.make(base)
+        return mini.make(base, update=data is None)  # the default place is ours: an older version gives way
     needed = needed_subsets(corpus)
     if base.is_dir():
         root = find_root(base)

@@ -51,16 +51,19 @@ class MiniError(RuntimeError):
 
 
 def make(
-    dest: Path, seed: int = 0, jobs: int = 2, scale: float = 1.0, force: bool = False, quiet: bool = False
+    dest: Path, seed: int = 0, jobs: int = 2, scale: float = 1.0, force: bool = False, quiet: bool = False,
+    update: bool = False,
 ) -> Path:
     """Make the corpus under ``dest`` and return the folder that holds the subsets, ``dest/LibriSpeech``.
 
     The tree is a function of ``seed`` and ``scale`` alone: any number of processes (``jobs``) gives the same bytes.
     ``scale`` multiplies the number of train sentences; under 1 it cuts dev and test too (for tests of the code: only
-    from 1 on the promises about words and sizes hold). A complete tree with the same settings is left as it is.
+    from 1 on the promises about words and sizes hold). A complete tree with the same settings is left as it is; one
+    with other settings, or of another version of this code, is made anew with ``update`` and refused without.
+    ``force`` makes any anew.
 
     Raises MiniError when espeak-ng is not installed, a process fails, or ``dest`` holds another tree (and no
-    ``force``); ValueError for a jobs or scale out of range.
+    ``force`` or ``update``); ValueError for a jobs or scale out of range.
     """
     if not 0 < scale <= LARGEST:
         raise ValueError(f"scale is {scale}; it must be over 0 and at most {LARGEST:g}")
@@ -77,7 +80,7 @@ def make(
             "the embedded corpus needs espeak-ng: install the extra 'synth' of this project"
             " (pip install -e '.[synth]', or pip install espeakng-loader)"
         )
-    _check(tree, made_of, force)
+    _check(tree, made_of, force or update)
     tree.mkdir(parents=True, exist_ok=True)
     with open(tree / ".lock", "w") as lock:
         try:
