@@ -29,6 +29,22 @@ def run(tmp_path):
     return folder
 
 
+def test_published_results_name_command_and_hardware_and_no_path(run, tmp_path, capsys):
+    (run / "config.yaml").write_text("corpus: {name: mini}\n")
+    metrics = json.loads((run / "evaluation" / "metrics.json").read_text())
+    metrics |= {"decoding": "greedy CTC", "normalisation": "lower case", "interval": "bootstrap"}
+    (run / "evaluation" / "metrics.json").write_text(json.dumps(metrics))
+    kept = tmp_path / "results"
+    assert main([str(run), "--publish", str(kept), "--command", "./run.sh"]) == 0
+    assert {path.name for path in kept.iterdir()} == {"mini.csv", "mini.png", "mini.json"}
+    text = (kept / "mini.json").read_text()
+    assert str(tmp_path) not in text
+    result = json.loads(text)
+    assert result["command"] == "./run.sh" and "cores of" in result["hardware"] and result["overall"]["wer"] == 0.5
+    with pytest.raises(SystemExit):
+        main([str(run), "--publish", str(kept)])
+
+
 def test_report_holds_table_transcripts_and_what_was_trained(run, capsys):
     assert main([str(run)]) == 0
     text = (run / "report.md").read_text()

@@ -1,5 +1,8 @@
 """Writes report.md and curve.png of a run: `python -m tools.report exp/deepspeech2_mini`.
 
+`--publish recipes/deepspeech2/results --command "./run.sh"` also keeps what belongs into the repository: the curve as
+CSV and PNG, and a JSON of the error counts with command, commit and hardware, without any path of this machine.
+
 Reads evaluation/metrics.json with its predictions, curve.csv, check/one_batch.json and average.json of the run's folder;
 what is not there is left out. The page with findings and plots is the doctor's.
 """
@@ -9,10 +12,13 @@ from __future__ import annotations
 import argparse
 import json
 import os
+import shutil
+import subprocess
 import sys
 from pathlib import Path
 
-from manifests.schema import ManifestError, read_manifest
+from manifests.schema import ManifestError, read_manifest, write_atomic
+from recipes.threads import usable_cores
 from tools.report.curve import draw, read_curve
 
 PAIRS = 3  # transcripts shown of each manifest
@@ -93,14 +99,69 @@ def report(folder: Path) -> Path:
     return out
 
 
+def publish(folder: Path, results: Path, command: str) -> Path:
+    """Copies the curve and the error counts of a reported run to `results/<corpus>.*`; returns the JSON's path.
+
+    The corpus is what the run's configuration names. Raises OSError, KeyError or ValueError where the run has not been
+    evaluated and reported.
+    """
+    import yaml
+
+    name = yaml.safe_load((folder / "config.yaml").read_text())["corpus"]["name"]
+    metrics = json.loads((folder / "evaluation" / "metrics.json").read_text())
+    kept = {"command": command, "commit": commit(), "hardware": hardware()}
+    kept |= {key: metrics[key] for key in ("decoding", "normalisation", "interval", "overall")}
+    kept["manifests"] = [
+        {key: value for key, value in part.items() if key not in ("manifest", "predictions")}
+        for part in metrics["manifests"]
+    ]
+    results.mkdir(parents=True, exist_ok=True)
+    for suffix in (".csv", ".png"):
+        shutil.copyfile(folder / f"curve{suffix}", results / f"{name}{suffix}")
+    out = results / f"{name}.json"
+    write_atomic(out, (json.dumps(kept, indent=1) + "\n").encode())
+    return out
+
+
+def commit() -> str:
+    """Short hash of the checkout, with "+" where tracked files differ from it; "unknown" outside git."""
+    try:
+        named = subprocess.run(["git", "describe", "--always", "--dirty=+"], capture_output=True, text=True, check=True)
+    except (OSError, subprocess.CalledProcessError):
+        return "unknown"
+    return named.stdout.strip()
+
+
+def hardware() -> str:
+    """Processor and cores as Linux names them, or the GPU where there is one."""
+    try:
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+    except OSError:
+        lines = []
+    model = next((line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")), "unknown processor")
+    try:
+        gpu = subprocess.run(["nvidia-smi", "--query-gpu=name", "--format=csv,noheader"], capture_output=True, text=True)
+        if gpu.returncode == 0 and gpu.stdout.strip():
+            return ", ".join(gpu.stdout.split("\n")).strip(", ")
+    except OSError:
+        pass
+    return f"{usable_cores()} cores of {model}"
+
+
 def main(arguments: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m tools.report", description=__doc__,
                                      formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("exp", type=Path, help="folder of a run")
+    parser.add_argument("--publish", type=Path, metavar="DIR", help="also keep curve and error counts in this folder")
+    parser.add_argument("--command", help="with --publish: the command that trained")
     args = parser.parse_args(arguments)
+    if bool(args.publish) != bool(args.command):
+        parser.error("--publish and --command belong together: a result without its command cannot be repeated")
     try:
         print(report(args.exp))
-    except (OSError, ValueError, ManifestError) as error:
+        if args.publish:
+            print(publish(args.exp, args.publish, args.command))
+    except (OSError, ValueError, KeyError, ManifestError) as error:
         print(f"report: {error}", file=sys.stderr)
         return 1
     return 0
