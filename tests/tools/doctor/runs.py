@@ -118,9 +118,11 @@ RATE = 16000
 
 
 def tone_manifest(folder: Path, count: int = 24, seconds: float = 0.08, upper: bool = False, letters: int = 9,
-                  seed: int = 1) -> Path:
-    """Recordings of tones, one frequency a letter for so many seconds, with words of 3 letters; returns the
-    manifest."""
+                  seed: int = 1, context: bool = False) -> Path:
+    """Recordings of tones, one frequency a letter for so many seconds, with words of 3 letters; returns the manifest.
+
+    With `context` a letter is two tones of three, one after the other: each alone says little.
+    """
     import soundfile
 
     generator = np.random.default_rng(seed)
@@ -131,6 +133,10 @@ def tone_manifest(folder: Path, count: int = 24, seconds: float = 0.08, upper: b
         text = f"{text[:3]} {text[3:6]} {text[6:]}".strip()
         t = np.arange(int(seconds * RATE)) / RATE
         sound = np.concatenate([(c != " ") * 0.3 * np.sin(2 * np.pi * 300 * (2 + ord(c) % 32) * t) for c in text])
+        if context:
+            half = t[: len(t) // 2]
+            numbers = [tone for c in text for tone in divmod(ord(c) % 32, 3)]
+            sound = np.concatenate([0.3 * np.sin(2 * np.pi * (500 + 900 * tone) * half) for tone in numbers])
         sound += 0.01 * generator.standard_normal(len(sound))
         soundfile.write(folder / f"tone-{k}.wav", sound.astype("float32"), RATE)
         rows.append({"audio_filepath": str(folder / f"tone-{k}.wav"), "duration": len(sound) / RATE,

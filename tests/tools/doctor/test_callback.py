@@ -165,7 +165,7 @@ def test_history_1_names_the_recurrence(exploded):
     assert any(name.startswith("tone-") for name in first.evidence["utterances of that batch"])
     assert "run-nan" not in ids(report)
     saved = (folder / "doctor" / "report.html").read_text()
-    assert "encoder.bi_rnn" in saved and "zero_infinity does not help" in saved and saved.count("<svg") >= 3
+    assert "encoder.bi_rnn" in saved and "zero_infinity does not help" in saved and saved.count("<svg") >= 2
 
 
 def test_history_1_shows_the_growth_over_time(exploded):
@@ -213,8 +213,8 @@ class OverTheBatch(nn.Module):
 
 def test_history_2_one_batch_by_heart_and_nothing_else(tmp_path):
     """Learns its batch, and on other utterances is wrong in all words: the probes at the end of the run say why."""
-    train = tone_manifest(tmp_path / "train", count=8, letters=13)
-    held = tone_manifest(tmp_path / "held", count=8, letters=13, seed=2)
+    train = tone_manifest(tmp_path / "train", count=8, seconds=0.16, context=True)
+    held = tone_manifest(tmp_path / "held", count=8, seconds=0.16, context=True, seed=2)
     model = stock(train, conformer_encoder(), 32, {"name": "adamw", "lr": 5e-3}, validation=held)
     model.encoder = OverTheBatch()
     doctor = fit(model, None, tmp_path, 240)
