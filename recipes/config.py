@@ -132,14 +132,14 @@ def check(cfg: DictConfig) -> None:
     rules = [
         (trainer.sync_batchnorm and cpu,
          "trainer.sync_batchnorm=true needs GPUs; set trainer.sync_batchnorm=false with trainer.accelerator=cpu"),
-        (shards and train.get("cache_features"),
-         "model.train_ds.cache_features=true keeps a whole corpus in memory; set it to false with shards"),
         (trainer.use_distributed_sampler and lhotse,
          "trainer.use_distributed_sampler=true fights with lhotse, which shards the data itself; "
          "set trainer.use_distributed_sampler=false"),
         (shards and trainer.max_steps < 1,
          "shards are an endless stream: set trainer.max_steps, now "
          f"{trainer.max_steps}, and an integer trainer.val_check_interval"),
+        (shards and train.get("cache_features"),
+         "model.train_ds.cache_features=true keeps a whole corpus in memory; set it to false with shards"),
         (cpu and str(trainer.precision) in {"16", "16-mixed", "16-true", "bf16-true"},
          f"trainer.precision={trainer.precision} does not train on a CPU; use 32 or bf16-mixed"),
         (many and trainer.strategy == "auto" and cpu,
