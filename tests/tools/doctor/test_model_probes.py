@@ -244,7 +244,8 @@ FAULTS = {
     "loss of shorter inputs": ("loss-wrong", with_loss(lambda **k: {**k, "input_lengths": k["input_lengths"] // 2})),
     "loss of shifted targets": ("loss-wrong", with_loss(lambda **k: {**k, "targets": (k["targets"] + 1) % 28})),
     "scale in training": ("train-eval-differ", lambda: around(
-        lambda self, x, n: (lambda y, m: (y * (3.0 if self.training else 1.0), m))(*self.inner(audio_signal=x, length=n)))),
+        lambda self, x, n: (lambda y, m: (y * (3.0 if self.training else 1.0), m))(
+            *self.inner(audio_signal=x, length=n)))),
     "statistics that stay": ("train-eval-differ", edited(slow_statistics, encoder="conv")),
     "own dropout unscaled": ("train-eval-differ", lambda: around(
         lambda self, x, n: (lambda y, m: (y * (torch.rand_like(y) > 0.6) if self.training else y, m))(
@@ -279,6 +280,21 @@ def test_a_mistake_is_named_first(name):
 def test_a_recurrence_that_is_bounded_is_no_fault():
     report = probe(recurrent(batch_first=True)(), ["depth", "invariance", "locality"])
     assert report.exit_code == 0 and "explodes" in report.ruled_out
+
+
+def test_wide_convolutions_blur_time_and_do_not_scramble_it():
+    def block(kernel, stride=1, residual=True):
+        return {"filters": 32, "repeat": 5, "kernel": [kernel], "stride": [stride], "dilation": [1], "dropout": 0.0,
+                "residual": residual, "separable": True}
+
+    cfg = config("conv")
+    cfg.encoder.feat_in = WIDTH
+    cfg.encoder.jasper = [{**block(33, 2, False), "repeat": 1}, *(block(k) for k in (33, 39, 51, 63, 75) for _ in "ab")]
+    cfg.decoder.feat_in = 32
+    from nemo.collections.asr.models import EncDecCTCModel
+
+    torch.manual_seed(0)
+    assert "time-scrambled" not in probe(EncDecCTCModel(cfg), ["locality"]).ids
 
 
 def test_the_first_module_that_breaks_is_named():
