@@ -112,7 +112,8 @@ def test_a_nemo_file_and_a_checkpoint_are_restored(tmp_path, yaml, manifest):
     torch.save({"state_dict": model.state_dict()}, tmp_path / "bare.ckpt")
     assert examine(model=str(tmp_path / "bare.ckpt"), families=["outputs"]).exit_code == 2
     assert examine(model=str(tmp_path / "bare.ckpt"), config=yaml, families=["outputs"]).exit_code == 0
-    torch.save({"state_dict": {k: v for k, v in model.state_dict().items() if "decoder" not in k}}, tmp_path / "part.ckpt")
+    part = {key: value for key, value in model.state_dict().items() if "decoder" not in key}
+    torch.save({"state_dict": part}, tmp_path / "part.ckpt")
     report = examine(model=str(tmp_path / "part.ckpt"), config=yaml, families=["outputs"])
     assert report.exit_code == 2 and "lacks 2 of the model's weights" in report.verdict
     assert OmegaConf.is_config(model.cfg) and tarfile.is_tarfile(tmp_path / "m.nemo")

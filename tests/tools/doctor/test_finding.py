@@ -58,7 +58,8 @@ def test_numbers_of_numpy_become_plain():
 
 
 def test_terminal_says_the_verdict_first_and_every_part_of_a_finding():
-    report = Report([finding(where="model.optim.lr"), finding("x", "warning")], ["labels"], ["frozen"], ["depth: no time"])
+    findings = [finding(where="model.optim.lr"), finding("x", "warning")]
+    report = Report(findings, ["labels"], ["frozen"], ["depth: no time"])
     text = terminal.render(report)
     assert text.startswith("This will not learn: lr-zero; 1 warning.")
     for part in ("PREVENTS LEARNING  lr-zero", "(sure, 90%)", "[model.optim.lr]", "n: 3", "do this", "lr-zero.md",

@@ -51,8 +51,8 @@ COSINE = {"model__optim__sched__name": "CosineAnnealing"}
     ("lr-too-high", "prevents", COSINE),  # Noam's multiplier as an absolute rate
     ("lr-too-low", "prevents", {"model__optim__lr": 1e-3}),  # an absolute rate as Noam's multiplier
     ("lr-too-high", "warning", {**COSINE, "model__optim__lr": 0.03}),
-    ("lr-too-low", "prevents", {**COSINE, "model__optim__lr": 1e-3, "trainer__max_steps": -1, "trainer__max_epochs": 500,
-                                "model__optim__sched__max_steps": 20, "model__optim__sched__warmup_steps": 5}),
+    ("lr-too-low", "prevents", {**COSINE, "model__optim__lr": 1e-3, "trainer__max_steps": -1,
+                                "trainer__max_epochs": 500, "model__optim__sched__max_steps": 20, "model__optim__sched__warmup_steps": 5}),
     ("warmup-too-long", "prevents", {"trainer__max_steps": 2000}),
     ("warmup-missing", "warning", {**COSINE, "model__optim__lr": 1e-3, "model__optim__sched__warmup_steps": 0}),
     ("warmup-missing", "prevents", {"model__optim__sched__warmup_steps": 0}),
@@ -76,7 +76,7 @@ def test_faults_of_a_configuration(fault, weight, changes, tmp_path):
         rows = [{"audio_filepath": f"/a{i}", "duration": 3.0, "text": "a"} for i in range(640)]
         changes = {**changes, "model__train_ds__manifest_filepath": str(tiny.write_rows(tmp_path / "t.json", rows))}
     report, found = first(**changes)
-    assert found is not None and (found.id, found.weight) == (fault, weight), [(f.id, f.weight) for f in report.findings]
+    assert found is not None and (found.id, found.weight) == (fault, weight), report.ids
     assert found.fix and found.where
 
 
