@@ -52,7 +52,8 @@ COSINE = {"model__optim__sched__name": "CosineAnnealing"}
     ("lr-too-low", "prevents", {"model__optim__lr": 1e-3}),  # an absolute rate as Noam's multiplier
     ("lr-too-high", "warning", {**COSINE, "model__optim__lr": 0.03}),
     ("lr-too-low", "prevents", {**COSINE, "model__optim__lr": 1e-3, "trainer__max_steps": -1,
-                                "trainer__max_epochs": 500, "model__optim__sched__max_steps": 20, "model__optim__sched__warmup_steps": 5}),
+                                "trainer__max_epochs": 500, "model__optim__sched__max_steps": 20,
+                                "model__optim__sched__warmup_steps": 5}),
     ("warmup-too-long", "prevents", {"trainer__max_steps": 2000}),
     ("warmup-missing", "warning", {**COSINE, "model__optim__lr": 1e-3, "model__optim__sched__warmup_steps": 0}),
     ("warmup-missing", "prevents", {"model__optim__sched__warmup_steps": 0}),
