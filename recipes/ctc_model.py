@@ -134,11 +134,12 @@ class _RecipeModel:
             loss, _ = self.add_interctc_losses(loss, targets_BS, target_lengths, compute_wer=False)
             AccessMixin.reset_registry(self)
 
-        finite = torch.isfinite(loss.detach())
+        batch_loss = loss.detach()  # what the records show, also of a batch that is skipped
+        finite = torch.isfinite(batch_loss)
         self._report_infeasible(infeasible, targets_BS, target_lengths, lengths, ids)
         self._bad_step, self.end_agreed = self._any_device(~finite, self.end_requested())
         if self._bad_step:
-            self._skip_batch("loss", float(loss.detach()), ids, signals)
+            self._skip_batch("loss", float(batch_loss), ids, signals)
             loss = sum(p.sum() for p in self.parameters() if p.requires_grad) * 0.0
 
         with torch.no_grad():
@@ -146,8 +147,8 @@ class _RecipeModel:
             blanks = ((symbols_BT == self.loss.blank) & valid).sum() / valid.sum().clamp(min=1)
             scale = 1.0 if self.loss.reduction == "mean_volume" else len(ids) / target_lengths.sum().clamp(min=1)
             self.step_stats = StepStats(
-                loss=loss.detach(),
-                loss_per_char=loss.detach() * scale,
+                loss=batch_loss,
+                loss_per_char=batch_loss * scale,
                 blank_rate=blanks,
                 audio_seconds=signal_lengths.sum() / signals_a_second,
                 utterances=ids,

@@ -82,30 +82,33 @@ class Progress(Callback):
 
     def _reset(self):
         self._sums = {"loss": 0.0, "loss_per_char": 0.0, "blank_rate": 0.0, "audio": 0.0}
-        self._steps, self._started = 0, time.perf_counter()
+        self._finite, self._started = 0, time.perf_counter()
 
     def on_train_batch_end(self, trainer, model, outputs, batch, batch_idx):
         now = time.perf_counter()
         self.seconds += now - self._mark
         self._mark = now
         stats = model.step_stats
-        # Sums stay on the device: fetching each number would wait for the GPU at each step.
+        # Sums stay on the device: fetching each number would wait for the GPU at each step. A skipped batch is named in
+        # the log; it must not hide the loss of the others in its row.
+        finite = torch.isfinite(stats.loss)
         for key, value in (
             ("loss", stats.loss), ("loss_per_char", stats.loss_per_char), ("blank_rate", stats.blank_rate),
-            ("audio", stats.audio_seconds),
         ):
-            self._sums[key] = self._sums[key] + value
-        self._steps += 1
+            self._sums[key] = self._sums[key] + torch.where(finite, value, 0.0)
+        self._sums["audio"] = self._sums["audio"] + stats.audio_seconds
+        self._finite = self._finite + finite
         step = trainer.global_step
         if not trainer.is_global_zero or step % self.every_n_steps and step < trainer.max_steps:
             return
         took = max(now - self._started, 1e-9)
+        finite_steps = int(self._finite) or float("nan")
         row = {
             "step": step,
             "seconds": round(self.seconds, 2),
-            "loss": round(float(self._sums["loss"]) / self._steps, 5),
-            "loss_per_char": round(float(self._sums["loss_per_char"]) / self._steps, 5),
-            "blank_rate": round(float(self._sums["blank_rate"]) / self._steps, 4),
+            "loss": round(float(self._sums["loss"]) / finite_steps, 5),
+            "loss_per_char": round(float(self._sums["loss_per_char"]) / finite_steps, 5),
+            "blank_rate": round(float(self._sums["blank_rate"]) / finite_steps, 4),
             "learning_rate": f"{trainer.optimizers[0].param_groups[0]['lr']:.4g}",
             "grad_norm": f"{float(stats.grad_norm):.4g}",
             "audio_seconds_per_second": round(float(self._sums["audio"]) / took * trainer.world_size, 1),

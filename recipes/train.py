@@ -77,6 +77,7 @@ def fit(cfg):
     from omegaconf import OmegaConf, open_dict
 
     from recipes.monitor import Progress, SaveLast, WandbMedia
+    from tools.doctor.callback import Doctor  # an entry point may attach a monitor of tools
 
     quiet_nemo()
     check_against_code(cfg)
@@ -86,7 +87,7 @@ def fit(cfg):
     folder = Path(cfg.exp_manager.explicit_log_dir)
     folder.mkdir(parents=True, exist_ok=True)
     progress = Progress(folder, every_n_steps=cfg.trainer.log_every_n_steps)
-    callbacks = [progress, SaveLast(), WandbMedia()]
+    callbacks = [progress, SaveLast(), WandbMedia(), Doctor(folder=folder)]
     if cfg.exp_manager.create_wandb_logger and not os.environ.get("WANDB_API_KEY") and not _wandb_login():
         os.environ.setdefault("WANDB_MODE", "offline")
     trainer = pl.Trainer(**OmegaConf.to_container(cfg.trainer, resolve=True), callbacks=callbacks)
