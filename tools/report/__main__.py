@@ -139,12 +139,11 @@ def hardware() -> str:
     except OSError:
         lines = []
     model = next((line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")), "unknown processor")
-    try:
-        gpu = subprocess.run(["nvidia-smi", "--query-gpu=name", "--format=csv,noheader"], capture_output=True, text=True)
-        if gpu.returncode == 0 and gpu.stdout.strip():
-            return ", ".join(gpu.stdout.split("\n")).strip(", ")
-    except OSError:
-        pass
+    if shutil.which("nvidia-smi"):
+        query = ["nvidia-smi", "--query-gpu=name", "--format=csv,noheader"]
+        gpus = subprocess.run(query, capture_output=True, text=True)
+        if gpus.returncode == 0 and gpus.stdout.strip():
+            return ", ".join(gpus.stdout.split("\n")).strip(", ")
     return f"{usable_cores()} cores of {model}"
 
 
