@@ -187,7 +187,8 @@ def check_against_code(cfg: DictConfig) -> None:
     compare("exp_manager.checkpoint_callback_params", cfg.exp_manager.checkpoint_callback_params,
             CallbackParams.__dataclass_fields__)
     if cfg.model.train_ds.get("use_lhotse"):
-        compare("model.train_ds", cfg.model.train_ds, {*LhotseDataLoadingConfig.__dataclass_fields__, "use_lhotse", "cache_features"})
+        ours = {"use_lhotse", "cache_features"}
+        compare("model.train_ds", cfg.model.train_ds, {*LhotseDataLoadingConfig.__dataclass_fields__, *ours})
     for section in ("preprocessor", "spec_augment", "encoder", "decoder"):
         node = cfg.model.get(section)
         if node is None or "_target_" not in node:

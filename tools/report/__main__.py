@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import os
 import shutil
 import subprocess
 import sys
@@ -93,9 +92,7 @@ def report(folder: Path) -> Path:
     outputs = [name for name in kept if (folder / name).exists()]
     lines += ["", f"Outputs in `{folder}`: {', '.join(outputs)}."]
     out = folder / "report.md"
-    part = out.with_suffix(".part")
-    part.write_text("\n".join(lines) + "\n")
-    os.replace(part, out)
+    write_atomic(out, ("\n".join(lines) + "\n").encode())
     return out
 
 

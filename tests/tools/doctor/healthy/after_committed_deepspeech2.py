@@ -1,31 +1,8 @@
 """The committed curve of the deepspeech2 recipe on the mini corpus, as a run folder."""
 
-import shutil
+from functools import partial
 
 from tests.tools.doctor.faults import Healthy
-from tests.conftest import ROOT
+from tests.tools.doctor.setups.committed import committed_run
 
-
-def make(folder):
-    from recipes.config import compose
-    from omegaconf import OmegaConf
-
-    run = folder / "run"
-    run.mkdir()
-    shutil.copy(ROOT / "recipes" / "deepspeech2" / "results" / "mini.csv", run / "curve.csv")
-    given = [f"corpus.train={folder}/train.json", f"corpus.validation={folder}/dev.json"]
-    for name in ("train", "dev"):
-        (folder / f"{name}.json").touch()  # the corpus itself is not here, as on somebody else's machine
-    cfg = compose("deepspeech2", given)
-    steps = int((run / "curve.csv").read_text().splitlines()[-1].split(",")[0])
-    OmegaConf.update(cfg, "trainer.max_steps", steps)
-    cfg.model.train_ds.batch_duration = cfg.training.global_batch_seconds
-    cfg.model.optim.sched.warmup_steps = max(int(cfg.training.warmup_share * steps), 1)
-    cfg.model.optim.sched.min_lr = cfg.training.final_share * cfg.model.optim.lr
-    for name in ("train", "dev"):
-        (folder / f"{name}.json").unlink()
-    OmegaConf.save(cfg, run / "config.yaml", resolve=True)
-    return {"run": str(run)}
-
-
-HEALTHY = Healthy("after_committed_deepspeech2", "after", make)
+HEALTHY = Healthy("after_committed_deepspeech2", "after", partial(committed_run, "deepspeech2"))
