@@ -9,6 +9,7 @@ silence: audio that cannot be read and text that the labels cannot spell stop th
 from __future__ import annotations
 
 import copy
+import io
 import signal
 from pathlib import Path
 
@@ -20,6 +21,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
 from manifests.schema import read_manifest, resolve_audio
+from manifests.shards_format import COMBINED, is_sharded, read_shard, shard_path
 
 Batch = tuple[Tensor, Tensor, Tensor, Tensor, list[str]]
 
@@ -75,22 +77,47 @@ class FeatureCache:
 
 
 class CutsDataset(Dataset):
-    """Maps the cuts of one mini-batch, chosen by a lhotse sampler, to a batch; of features where there is a cache."""
+    """Maps the cuts of one mini-batch, chosen by a lhotse sampler, to a batch; of features where there is a cache.
 
-    def __init__(self, encode, cache: FeatureCache | None = None):
+    `shards` is the manifest of all rows of a folder of shards (manifests/shards_format.py), where the audio is in such.
+    """
+
+    def __init__(self, encode, cache: FeatureCache | None = None, shards: str | None = None):
         self.encode = encode
         self.cache = cache
+        self.shards = shards
 
     def __getitem__(self, cuts) -> Batch:
         signals, targets, ids = [], [], []
         for cut in cuts:
             try:
-                signals.append(self.cache(cut.id, lambda: mono(cut)) if self.cache else mono(cut))
+                signals.append(self.cache(cut.id, lambda: self.load(cut)) if self.cache else self.load(cut))
                 targets.append(self.encode(" ".join(s.text or "" for s in cut.supervisions)))
             except Exception as error:
                 raise RuntimeError(f"utterance {utterance_id(cut)} cannot be trained on: {error}") from error
             ids.append(utterance_id(cut))
         return collate(signals, targets, ids)
+
+    def load(self, cut) -> np.ndarray:
+        """Samples of a cut, from its file or from its place in a shard."""
+        return mono(with_shard_audio(cut, self.shards) if self.shards else cut)
+
+
+def with_shard_audio(cut, manifest: str):
+    """`cut`, or the sharded parts of a mixed one, with the bytes of its audio file in place of a path."""
+    from lhotse import AudioSource
+    from lhotse.utils import fastcopy
+
+    if hasattr(cut, "tracks"):
+        return fastcopy(
+            cut, tracks=[fastcopy(track, cut=with_shard_audio(track.cut, manifest)) for track in cut.tracks]
+        )
+    row = {**(getattr(cut, "custom", None) or {})}
+    if not is_sharded(row) or not cut.has_recording:
+        return cut
+    row["audio_filepath"] = cut.recording.sources[0].source
+    source = AudioSource("memory", cut.recording.sources[0].channels, read_shard(shard_path(row, manifest), row))
+    return fastcopy(cut, recording=fastcopy(cut.recording, sources=[source]))
 
 
 def mono(cut) -> np.ndarray:
@@ -180,7 +207,10 @@ def lhotse_loader(config, encode, rank: int, world_size: int, preprocessor=None)
 
     `cache_features: true` is our addition to it: features by `preprocessor`, computed once (FeatureCache). The cache
     is in this process, so there are no workers then; what is left for them to do is copying.
-    Shards (tarred or Shar) come from an endless stream in the workers; there the plain loader is returned.
+
+    Shards are read at random where `manifest_filepath` is their tarred_audio_manifest.json: all is then as with single
+    files. With `tarred_audio_filepaths` (or `shar_path`) they come as an endless stream in the workers, for storage
+    that cannot be read at any place; there the plain loader is returned, and a resumed run begins its stream anew.
     """
     from nemo.collections.common.data.lhotse import get_lhotse_dataloader_from_config
 
@@ -188,9 +218,10 @@ def lhotse_loader(config, encode, rank: int, world_size: int, preprocessor=None)
     cache = FeatureCache(preprocessor) if config.pop("cache_features", False) else None
     if cache is not None:
         config.num_workers = 0
-    loader = get_lhotse_dataloader_from_config(
-        config, global_rank=rank, world_size=world_size, dataset=CutsDataset(encode, cache)
-    )
+    manifest, stream = config.get("manifest_filepath"), config.get("tarred_audio_filepaths") or config.get("shar_path")
+    at_random = isinstance(manifest, str) and Path(manifest).name == COMBINED and not stream
+    dataset = CutsDataset(encode, cache, manifest if at_random else None)
+    loader = get_lhotse_dataloader_from_config(config, global_rank=rank, world_size=world_size, dataset=dataset)
     return loader if isinstance(loader.dataset, torch.utils.data.IterableDataset) else ResumableLoader(loader)
 
 
@@ -236,7 +267,7 @@ def read_audio(row: dict, sample_rate: int) -> np.ndarray:
     """
     path = row["audio_filepath"]
     try:
-        with soundfile.SoundFile(path) as file:
+        with soundfile.SoundFile(io.BytesIO(read_shard(path, row)) if is_sharded(row) else path) as file:
             rate = file.samplerate
             file.seek(round(row.get("offset", 0) * rate))
             frames = int(round(row["duration"] * rate)) if "offset" in row else -1  # the first segment is at 0
@@ -256,11 +287,13 @@ def read_audio(row: dict, sample_rate: int) -> np.ndarray:
 
 
 def read_rows(manifests) -> list[dict]:
-    """Rows of one or several manifests (path, or list of paths) with audio paths resolved."""
+    """Rows of one or several manifests (path, or list of paths) with audio paths resolved, also those of shards."""
     if isinstance(manifests, (str, Path)):
         manifests = [manifests]
     return [
-        {**row, "audio_filepath": str(resolve_audio(row, path))} for path in manifests for row in read_manifest(path)
+        {**row, "audio_filepath": str(shard_path(row, path) if is_sharded(row) else resolve_audio(row, path))}
+        for path in manifests
+        for row in read_manifest(path)
     ]
 
 
