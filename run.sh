@@ -57,6 +57,13 @@ ensure_environment() {
   echo "$want" > $stamp
 }
 
+# Stage 3. The doctor stops here what cannot learn; its report says why.
+check() {  # TRAINING ARGUMENTS...
+  $python -m tools.doctor check --json "$exp/check/doctor.json" --html "$exp/check/doctor.html" "$@" ||
+    { echo "run.sh: read $exp/check/doctor.html; --stage 4 trains all the same" >&2; return 1; }
+  $python -m tools.ladder --rungs batch --out "$exp/check/one_batch.json" "$@"
+}
+
 # Runs COMMAND unless its stamp is newer than all it READS, all it WRITES is there and the command is the same.
 run_stage() {  # NUMBER TITLE "READS" "WRITES" COMMAND...
   local number=$1 title=$2 reads=$3 writes=$4; shift 4
@@ -126,8 +133,8 @@ if [ -n "$tokenizer" ]; then
   run_stage 2 tokenizer "$manifests/train.json" "$tokenizer/tokenizer.model" \
     $python -m manifests.tokenizer "$manifests/train.json" --out "$tokenizer"
 fi
-run_stage 3 "check and one batch" "$manifests/train.json $tokenizer" "$exp/check/one_batch.json" \
-  $python -m tools.ladder --rungs batch --out "$exp/check/one_batch.json" "${train[@]}"
+run_stage 3 "check and one batch" "$manifests/train.json $tokenizer" "$exp/check/doctor.html $exp/check/one_batch.json" \
+  check "${train[@]}"
 run_stage 4 train "$manifests/train.json $manifests/dev.json $tokenizer" "$exp/curve.csv" $python -m recipes.train "${train[@]}"
 run_stage 5 average "$exp/.stages/4" "$exp/$model.nemo" $python -m recipes.average "$exp" --out "$exp/$model.nemo"
 run_stage 6 evaluate "$exp/$model.nemo" "$exp/evaluation/metrics.json" \

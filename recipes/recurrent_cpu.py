@@ -1,22 +1,24 @@
-"""Recurrent layers for training on a CPU: exact, both directions in one loop, weight gradients in one product.
+"""Recurrent layers for training on a CPU: exact, the two directions side by side, weight gradients in one product.
 
 torch's own CPU loop adds the gradient of the recurrent weights step by step, which reads and writes the
 whole matrix once a frame, runs the two directions one after the other, and has no cheap way around padding.
-Here the loop only carries the state: a step is one batched product for both directions and a few
-elementwise calls; everything that can be done for all frames at once is done outside it. Under bf16
-autocast the products run in bfloat16 and states, gates and sums stay in float32.
-Forward and backward of a bidirectional layer of 384 over 16 x 60 frames, one core of an AMD EPYC with
-AVX512-BF16, best of 20 (ms; torch's with the reversal): GRU 188 in float32 where torch takes 247, 113 in bf16
-where torch takes 154; LSTM 300 against 175 in float32 (torch's is used there), 183 against 178 in bf16,
-with 32 items 246 against 303 of torch in float32. The loop costs little more with 32 items than with 16.
+Here the loop only carries the state: a step is one product and a few elementwise calls; everything that can
+be done for all frames at once is done outside it. With two threads or more each direction has a thread of its
+own: a step is too small to be shared between threads, a direction is not. With one thread both directions
+take their steps together, as one batched product. Under bf16 autocast the products run in bfloat16 and
+states, gates and sums stay in float32.
 
 Shapes: K directions (1 or 2), T time, B batch, D features in, H units, G gates (GRU 3, LSTM 4, else 1).
-Direction 1 runs on the time-flipped batch: its padding comes first and leaves the zero state untouched,
-because the gate that writes is shut there (see ``_CLOSED``).
-Gate order and equations are those of torch.nn.GRU, LSTM and RNN.
+Time is the outer axis, so that what a step reads and writes lies together. Direction 1 runs on the time-flipped
+batch: its padding comes first and leaves the zero state untouched, because the gate that writes is shut
+there (see ``_CLOSED``). Gate order and equations are those of torch.nn.GRU, LSTM and RNN.
 """
 
 from __future__ import annotations
+
+import os
+import warnings
+from concurrent.futures import ThreadPoolExecutor
 
 import torch
 from torch import Tensor
@@ -29,170 +31,242 @@ _CLOSED = 1.0e4
 _sigmoid_grad = torch.ops.aten.sigmoid_backward  # (g, y) -> g * y * (1 - y)
 _tanh_grad = torch.ops.aten.tanh_backward  # (g, y) -> g * (1 - y * y)
 
+_helper: tuple[int, ThreadPoolExecutor] | None = None  # of which process, and its one thread
 
-def _steps(x_KT: Tensor) -> tuple[Tensor, ...]:
-    return x_KT.unbind(1)
+
+def _second_thread() -> ThreadPoolExecutor:
+    """A thread for the second direction, with no threads of its own; a forked process gets its own."""
+    global _helper
+    if _helper is None or _helper[0] != os.getpid():
+        threads = torch.get_num_threads()
+        pool = ThreadPoolExecutor(1, "second-direction")
+        pool.submit(torch.set_num_threads, 1).result()
+        torch.set_num_threads(threads)  # the call above also set what threads yet to come begin with
+        _helper = (os.getpid(), pool)
+    return _helper[1]
+
+
+def _side_by_side(run, *arguments: tuple) -> list:
+    """``run`` of each of one or two tuples of arguments, at the same time."""
+    if len(arguments) == 1:
+        return [run(*arguments[0])]
+    threads = torch.get_num_threads()
+    second = _second_thread().submit(run, *arguments[1])
+    torch.set_num_threads(1)  # else the products here would wait for a core that the other direction has
+    try:
+        first = run(*arguments[0])
+    finally:
+        second.exception()  # waits: nothing may go on in the background after an error here
+        torch.set_num_threads(threads)
+    return [first, second.result()]
 
 
 class _Recurrence(torch.autograd.Function):
-    """x (K, T, B, D), weights stacked over K -> states (K, T, B, H); backward by hand."""
+    """x (T, B, D), weights stacked over K -> the states of each direction (T, B, H); backward by hand."""
 
     @staticmethod
-    def forward(ctx, kind, x, pad_KTB, w_ih, w_hh, b_ih, b_hh, product_dtype):
-        K, T, B, D = x.shape
-        H = w_hh.shape[2]
-        state_dtype = b_ih.dtype
+    def forward(ctx, kind, x, pad_TB, w_ih, w_hh, b_ih, b_hh, product_dtype):
+        K = len(w_ih)
         x16, w_ih16, w_hh16 = x.to(product_dtype), w_ih.to(product_dtype), w_hh.to(product_dtype)
-        # every bias joins the input product but that of the GRU's candidate, which its reset gate multiplies
-        bias = b_ih + b_hh
-        if kind == "gru":
-            bias[:, 2 * H :] = b_ih[:, 2 * H :]
-        gates = torch.empty(K, T, B, GATES[kind] * H, dtype=state_dtype, device=x.device)
-        for k in range(K):
-            out = gates[k].view(T * B, -1)
-            if product_dtype == state_dtype:
-                torch.addmm(bias[k], x16[k].reshape(T * B, D), w_ih16[k].t(), out=out)
-            else:
-                torch.add(torch.mm(x16[k].reshape(T * B, D), w_ih16[k].t()), bias[k], out=out)
-        states = torch.zeros(K, T + 1, B, H, dtype=state_dtype, device=x.device)
-        w_t = w_hh16.transpose(1, 2)
+        ways = [(x16, pad_TB), (x16.flip(0), pad_TB.flip(0))][:K]
+        apart = [[0], [1]] if K == 2 and torch.get_num_threads() > 1 else [list(range(K))]
 
-        def recur(h: Tensor) -> Tensor:
-            # widened here: an addition of mixed types is three times as slow as the conversion and a plain one
-            return torch.bmm(h.to(product_dtype), w_t).to(state_dtype)
+        def arguments(ks):
+            weights = (w[ks[0] : ks[-1] + 1] for w in (w_ih16, w_hh16, b_ih, b_hh))
+            return (kind, [ways[k][0] for k in ks], torch.stack([ways[k][1] for k in ks], dim=1), *weights)
 
-        run = {"gru": _gru_forward, "lstm": _lstm_forward}.get(kind, _plain_forward)
-        extra = run(kind, gates, states, pad_KTB, recur, b_hh)
-        ctx.kind, ctx.product_dtype, ctx.x_dtype = kind, product_dtype, x.dtype
-        ctx.save_for_backward(x16, w_ih16, w_hh16, gates, states, pad_KTB, *extra)
-        return states[:, 1:]
+        saved = _side_by_side(_forward, *map(arguments, apart))
+        ctx.kind, ctx.apart, ctx.x_dtype = kind, apart, x.dtype
+        ctx.save_for_backward(w_ih16, w_hh16, *(way[0] for way in ways), *(t for part in saved for t in part))
+        states = [part[1][1:, i] for ks, part in zip(apart, saved) for i in range(len(ks))]
+        return tuple(y if k == 0 else y.flip(0) for k, y in enumerate(states))
 
     @staticmethod
     @once_differentiable
-    def backward(ctx, dy):
-        x16, w_ih16, w_hh16, gates, states, pad_KTB, *extra = ctx.saved_tensors
-        kind, dtype = ctx.kind, ctx.product_dtype
-        K, T, B, D = x16.shape
-        H = w_hh16.shape[2]
-        run = {"gru": _gru_backward, "lstm": _lstm_backward}.get(kind, _plain_backward)
+    def backward(ctx, *dys):
+        w_ih16, w_hh16, *rest = ctx.saved_tensors
+        K, apart, wants_dx = len(w_ih16), ctx.apart, ctx.needs_input_grad[1]
+        xs, rest = rest[:K], rest[K:]
+        each = len(rest) // len(apart)
+        dys = [dy if k == 0 else dy.flip(0) for k, dy in enumerate(dys)]
 
-        def recur_back(d_gates: Tensor) -> Tensor:
-            return torch.bmm(d_gates.to(dtype), w_hh16).to(gates.dtype)
+        def arguments(i):
+            ks, saved = apart[i], rest[i * each : (i + 1) * each]
+            part = slice(ks[0], ks[-1] + 1)
+            dy = torch.stack([dys[k] for k in ks], dim=1)
+            return (ctx.kind, xs[part], w_ih16[part], w_hh16[part], dy, wants_dx, *saved)
 
-        d_rec, candidate = run(kind, gates, states, pad_KTB, extra, dy, recur_back)
-        rows = d_rec.view(K, T * B, -1)
-        db_hh = rows.sum(1)
-        d16 = rows.to(dtype)
-        dw_hh = torch.bmm(d16.transpose(1, 2), states[:, :-1].reshape(K, T * B, H).to(dtype))
+        found = _side_by_side(_backward, *map(arguments, range(len(apart))))
+        dxs, *weights = ([g for part in found for g in part[i]] for i in range(5))
+        dx = None
+        if wants_dx:
+            dx = (dxs[0] if K == 1 else dxs[0] + dxs[1].flip(0)).to(ctx.x_dtype)
+        return None, dx, None, *map(torch.stack, weights), None
+
+
+@torch.no_grad()  # which other threads do not inherit
+def _forward(kind, xs, pad_TKB, w_ih, w_hh, b_ih, b_hh):
+    """K directions: inputs (T, B, D) each to (gates (T, K, B, GH), states (T + 1, K, B, H), what backward needs)."""
+    T, K, B = pad_TKB.shape
+    H, dtype = w_hh.shape[2], b_ih.dtype
+    # every bias joins the input product but that of the GRU's candidate, which its reset gate multiplies
+    bias = b_ih + b_hh
+    if kind == "gru":
+        bias[:, 2 * H :] = b_ih[:, 2 * H :]
+    gates = torch.empty(T, K, B, GATES[kind] * H, dtype=dtype, device=b_ih.device)
+    for k, x in enumerate(xs):
+        torch.add(torch.mm(x.reshape(T * B, -1), w_ih[k].t()).view(T, B, -1), bias[k], out=gates[:, k])
+    states = gates.new_zeros(T + 1, K, B, H)
+    # what enters the products, in their type
+    read = states if w_hh.dtype == dtype else states.to(w_hh.dtype)
+    run = {"gru": _gru_forward, "lstm": _lstm_forward}.get(kind, _plain_forward)
+    extra = run(kind, gates, states, read, pad_TKB, w_hh.transpose(1, 2), b_hh)
+    return gates, states, read, pad_TKB, *extra
+
+
+@torch.no_grad()
+def _backward(kind, xs, w_ih, w_hh, dy_TKBH, wants_dx, gates, states, read, pad_TKB, *extra):
+    """Lists over K of dx (T, B, D), dw_ih, dw_hh, db_ih, db_hh; dx entries are None where they are not wanted."""
+    T, K, B, H = dy_TKBH.shape
+    run = {"gru": _gru_backward, "lstm": _lstm_backward}.get(kind, _plain_backward)
+    d_rec, candidate = run(kind, gates, states, pad_TKB, extra, dy_TKBH, w_hh)
+    dxs, dw_ihs, dw_hhs, db_ihs, db_hhs = [], [], [], [], []
+    for k, x in enumerate(xs):
+        rows = d_rec[:, k].reshape(T * B, -1)
+        db_hh = rows.sum(0, dtype=gates.dtype)
         db_ih = db_hh.clone()  # one tensor for two parameters would be accumulated into twice
+        dw_hhs.append(torch.mm(rows.t(), read[:-1, k].reshape(T * B, H)).to(gates.dtype))
         if candidate is not None:
             # the GRU's candidate sees its input outside the reset gate and its state inside
-            db_ih[:, 2 * H :] = candidate.sum((1, 2))
-            d_in = d16 if d16 is not rows else rows.clone()
-            d_in.view(K, T, B, -1)[..., 2 * H :] = candidate
-            d16 = d_in
-        dw_ih = torch.bmm(d16.transpose(1, 2), x16.reshape(K, T * B, D))
-        dx = torch.bmm(d16, w_ih16).view(x16.shape).to(ctx.x_dtype) if ctx.needs_input_grad[1] else None
-        full = gates.dtype
-        return None, dx, None, dw_ih.to(full), dw_hh.to(full), db_ih, db_hh, None
+            db_ih[2 * H :] = candidate[:, k].sum((0, 1))
+            rows.view(T, B, -1)[..., 2 * H :] = candidate[:, k]
+        dw_ihs.append(torch.mm(rows.t(), x.reshape(T * B, -1)).to(gates.dtype))
+        dxs.append(torch.mm(rows, w_ih[k]).view(x.shape) if wants_dx else None)
+        db_ihs.append(db_ih)
+        db_hhs.append(db_hh)
+    return dxs, dw_ihs, dw_hhs, db_ihs, db_hhs
 
 
-def _gru_forward(kind, gates, states, pad_KTB, recur, b_hh):
+def _scripted(function):
+    """A loop as a TorchScript function: as Python, two threads would wait for each other between its steps.
+
+    With two threads the recipe's DeepSpeech2 trains 1.2 times as fast for it. torch.compile, which torch names
+    as the successor, needs a C++ compiler on the user's machine.
+    """
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", DeprecationWarning)
+        return torch.jit.script(function)
+
+
+@_scripted
+def _gru_steps(gates: Tensor, states: Tensor, read: Tensor, q: Tensor, w: Tensor, b_n: Tensor):
+    H = states.size(3)
+    for t in range(gates.size(0)):
+        g = gates[t]
+        # widened here: an addition of mixed types is three times as slow as the conversion and a plain one
+        rec = torch.bmm(read[t], w).to(g.dtype)
+        g.narrow(2, 0, 2 * H).add_(rec.narrow(2, 0, 2 * H)).sigmoid_()
+        from_state = q[t]
+        torch.add(rec.narrow(2, 2 * H, H), b_n, out=from_state)
+        n = g.narrow(2, 2 * H, H)
+        n.addcmul_(g.narrow(2, 0, H), from_state).tanh_()
+        h = states[t + 1]
+        torch.lerp(n, states[t], g.narrow(2, H, H), out=h)
+        read[t + 1].copy_(h)
+
+
+@_scripted
+def _gru_steps_back(d_state: Tensor, d_rec: Tensor, factor: Tensor, z: Tensor, dy: Tensor, w: Tensor):
+    T, K, B, H = d_state.size(0), d_state.size(1), d_state.size(2), d_state.size(3)
+    carry = torch.zeros_like(d_state[0])
+    for i in range(T):
+        t = T - 1 - i
+        dh, d = d_state[t], d_rec[t]
+        torch.add(carry, dy[t], out=dh)
+        torch.mul(dh.to(factor.dtype).unsqueeze(2), factor[t], out=d)
+        carry = torch.addcmul(torch.bmm(d.view(K, B, 3 * H), w).to(dh.dtype), dh, z[t])
+
+
+def _gru_forward(kind, gates, states, read, pad_TKB, w, b_hh):
     H = states.shape[-1]
-    gates[..., H : 2 * H][pad_KTB] = _CLOSED  # z = 1: the state stays as it is
-    b_n = b_hh[:, None, 2 * H :]
-    from_state = torch.empty_like(gates[..., :H])  # the state's part of the candidate, before the reset gate
-    rz_s, r_s, z_s, n_s = (
-        _steps(gates[..., a:b]) for a, b in ((0, 2 * H), (0, H), (H, 2 * H), (2 * H, 3 * H))
-    )
-    for h, h_new, rz, r, z, n, q in zip(_steps(states), _steps(states[:, 1:]), rz_s, r_s, z_s, n_s, _steps(from_state)):
-        rec = recur(h)
-        rz.add_(rec[..., : 2 * H]).sigmoid_()
-        torch.add(rec[..., 2 * H :], b_n, out=q)
-        n.addcmul_(r, q).tanh_()
-        torch.lerp(n, h, z, out=h_new)
+    gates[..., H : 2 * H][pad_TKB] = _CLOSED  # z = 1: the state stays as it is
+    from_state = torch.empty_like(states[1:])  # the state's part of the candidate, before the reset gate
+    _gru_steps(gates, states, read, from_state, w, b_hh[:, None, 2 * H :])
     return (from_state,)
 
 
-def _gru_backward(kind, gates, states, pad_KTB, extra, dy, recur_back):
+def _gru_backward(kind, gates, states, pad_TKB, extra, dy, w_hh):
     (q,) = extra
-    K, T, B, H = q.shape
+    T, K, B, H = q.shape
     r, z, n = gates.split(H, dim=-1)
     d_candidate = _tanh_grad(1 - z, n)
-    factor = torch.empty(K, T, B, 3, H, dtype=gates.dtype, device=gates.device)
+    factor = torch.empty(T, K, B, 3, H, dtype=w_hh.dtype, device=gates.device)
     factor[..., 0, :] = _sigmoid_grad(d_candidate * q, r)
-    factor[..., 1, :] = _sigmoid_grad(states[:, :-1] - n, z)
-    torch.mul(d_candidate, r, out=factor[..., 2, :])
-    d_rec = torch.empty_like(factor)
-    d_state = torch.empty_like(q)
-    carry = torch.zeros(K, B, H, dtype=gates.dtype, device=gates.device)
-    everything = (_steps(dy), _steps(d_state), _steps(factor), _steps(d_rec), _steps(z))
-    for g, dh, f, d, keep in zip(*(reversed(s) for s in everything)):
-        torch.add(carry, g, out=dh)
-        torch.mul(dh[:, :, None], f, out=d)
-        carry = (dh * keep).add_(recur_back(d.view(K, B, 3 * H)))
-    return d_rec.view(K, T, B, 3 * H), d_candidate.mul_(d_state)
+    factor[..., 1, :] = _sigmoid_grad(states[:-1] - n, z)
+    factor[..., 2, :] = d_candidate * r
+    d_rec, d_state = torch.empty_like(factor), torch.empty_like(q)
+    _gru_steps_back(d_state, d_rec, factor, z, dy, w_hh)
+    return d_rec.view(T, K, B, 3 * H), d_candidate.mul_(d_state)
 
 
-def _lstm_forward(kind, gates, states, pad_KTB, recur, b_hh):
+def _lstm_forward(kind, gates, states, read, pad_TKB, w, b_hh):
     H = states.shape[-1]
-    gates[..., :H][pad_KTB] = -_CLOSED  # i = 0: nothing is written to the cell
+    gates[..., :H][pad_TKB] = -_CLOSED  # i = 0: nothing is written to the cell
     cells, squashed = torch.zeros_like(states), torch.empty_like(gates[..., :H])
     parts = (gates, gates[..., : 2 * H], *gates.split(H, dim=-1))
-    cell_s = _steps(cells)
-    for h, h_new, c, c_new, t, all4, if_, i, f, g, o in zip(
-        _steps(states), _steps(states[:, 1:]), cell_s, cell_s[1:], _steps(squashed), *map(_steps, parts)
-    ):
-        all4.add_(recur(h))
+    steps = zip(read[:-1], read[1:], states[1:], cells[:-1], cells[1:], squashed, *parts)
+    for h16, h16_new, h_new, c, c_new, t, all4, if_, i, f, g, o in steps:
+        all4.add_(torch.bmm(h16, w).to(gates.dtype))
         if_.sigmoid_()
         g.tanh_()
         o.sigmoid_()
         torch.mul(f, c, out=c_new).addcmul_(i, g)
         torch.tanh(c_new, out=t)
         torch.mul(o, t, out=h_new)
+        h16_new.copy_(h_new)
     return cells, squashed
 
 
-def _lstm_backward(kind, gates, states, pad_KTB, extra, dy, recur_back):
+def _lstm_backward(kind, gates, states, pad_TKB, extra, dy, w_hh):
     cells, t = extra
-    K, T, B, H = t.shape
+    T, K, B, H = t.shape
     i, f, g, o = gates.split(H, dim=-1)
-    factor = torch.empty(K, T, B, 3, H, dtype=gates.dtype, device=gates.device)
+    factor = torch.empty(T, K, B, 3, H, dtype=gates.dtype, device=gates.device)
     factor[..., 0, :] = _sigmoid_grad(g, i)
-    factor[..., 1, :] = _sigmoid_grad(cells[:, :-1], f)
+    factor[..., 1, :] = _sigmoid_grad(cells[:-1], f)
     factor[..., 2, :] = _tanh_grad(i, g)
     to_cell, to_out = _tanh_grad(o, t), _sigmoid_grad(t, o)
-    d_rec = torch.empty(K, T, B, 4, H, dtype=gates.dtype, device=gates.device)
-    dh = torch.zeros(K, B, H, dtype=gates.dtype, device=gates.device)
+    d_rec = torch.empty(T, K, B, 4, H, dtype=w_hh.dtype, device=gates.device)
+    dh = gates.new_zeros(K, B, H)
     dc = torch.zeros_like(dh)
-    everything = (_steps(x) for x in (dy, factor, to_cell, to_out, f, d_rec))
-    for y, fac, mc, mo, keep, d in zip(*(reversed(s) for s in everything)):
+    for y, fac, mc, mo, keep, d in zip(*(reversed(x) for x in map(list, (dy, factor, to_cell, to_out, f, d_rec)))):
         dh = dh + y
         dc.addcmul_(dh, mc)
-        torch.mul(dc[:, :, None], fac, out=d[:, :, :3])
-        torch.mul(dh, mo, out=d[:, :, 3])
+        d[:, :, :3] = dc[:, :, None] * fac
+        d[:, :, 3] = dh * mo
         dc.mul_(keep)
-        dh = recur_back(d.view(K, B, 4 * H))
-    return d_rec.view(K, T, B, 4 * H), None
+        dh = torch.bmm(d.view(K, B, 4 * H), w_hh).to(gates.dtype)
+    return d_rec.view(T, K, B, 4 * H), None
 
 
-def _plain_forward(kind, gates, states, pad_KTB, recur, b_hh):
-    keep = (~pad_KTB)[..., None].to(gates.dtype)
+def _plain_forward(kind, gates, states, read, pad_TKB, w, b_hh):
+    keep = (~pad_TKB)[..., None].to(gates.dtype)
     squash = torch.Tensor.tanh_ if kind == "tanh" else torch.Tensor.relu_
-    for h, h_new, g, k in zip(_steps(states), _steps(states[:, 1:]), _steps(gates), _steps(keep)):
-        torch.mul(squash(g.add_(recur(h))), k, out=h_new)
+    for h16, h16_new, h_new, g, k in zip(read[:-1], read[1:], states[1:], gates, keep):
+        torch.mul(squash(g.add_(torch.bmm(h16, w).to(g.dtype))), k, out=h_new)
+        h16_new.copy_(h_new)
     return ()
 
 
-def _plain_backward(kind, gates, states, pad_KTB, extra, dy, recur_back):
+def _plain_backward(kind, gates, states, pad_TKB, extra, dy, w_hh):
     # gates hold the states before padding was zeroed
     factor = _tanh_grad(torch.ones_like(gates), gates) if kind == "tanh" else (gates > 0).to(gates.dtype)
-    factor[pad_KTB] = 0.0
-    d_rec = torch.empty_like(factor)
-    carry = torch.zeros_like(factor[:, 0])
-    for y, f, d in zip(*(reversed(_steps(s)) for s in (dy, factor, d_rec))):
-        torch.mul(carry + y, f, out=d)
-        carry = recur_back(d)
+    factor[pad_TKB] = 0.0
+    d_rec = torch.empty_like(factor, dtype=w_hh.dtype)
+    carry = torch.zeros_like(factor[0])
+    for y, f, d in zip(*(reversed(x) for x in map(list, (dy, factor, d_rec)))):
+        d.copy_((carry + y) * f)
+        carry = torch.bmm(d, w_hh).to(gates.dtype)
     return d_rec, None
 
 
@@ -209,13 +283,7 @@ def recurrence(kind: str, x_BTD: Tensor, mask_BT: Tensor, weights: list[tuple[Te
     """
     autocast = torch.is_autocast_enabled("cpu")
     product_dtype = torch.get_autocast_dtype("cpu") if autocast else weights[0][0].dtype
-    pad_TB = ~mask_BT.t()
     with torch.autocast("cpu", enabled=False):
-        x = x_BTD.to(product_dtype).transpose(0, 1)
-        both = len(weights) == 2
-        x = torch.stack([x, x.flip(0)]) if both else x.unsqueeze(0)
-        pad = torch.stack([pad_TB, pad_TB.flip(0)]) if both else pad_TB.unsqueeze(0)
         stacked = [torch.stack(w) for w in zip(*weights)]
-        y = _Recurrence.apply(kind, x, pad, *stacked, product_dtype)
-        outs = [y[0]] + ([y[1].flip(0)] if both else [])
-        return [out.transpose(0, 1) for out in outs]
+        ys = _Recurrence.apply(kind, x_BTD.transpose(0, 1), ~mask_BT.t(), *stacked, product_dtype)
+        return [y.transpose(0, 1) for y in ys]

@@ -1,5 +1,8 @@
 """DeepSpeech2: padding, lengths, gradients, normalisation over valid frames, and the CPU recurrence against torch's."""
 
+import subprocess
+import sys
+
 import pytest
 import torch
 from hypothesis import given, settings
@@ -114,9 +117,18 @@ def directions(layer):
     return [(d.weight_ih_l0, d.weight_hh_l0, d.bias_ih_l0, d.bias_hh_l0) for d in both]
 
 
+@pytest.fixture(params=[1, 2], ids=["one thread", "two threads"])
+def threads(request):
+    before = torch.get_num_threads()
+    torch.set_num_threads(request.param)
+    yield request.param
+    assert torch.get_num_threads() == request.param
+    torch.set_num_threads(before)
+
+
 @pytest.mark.parametrize("bidirectional", [True, False])
 @pytest.mark.parametrize("rnn_type", RNN_TYPES)
-def test_cpu_recurrence_equals_torch_in_values_and_gradients(rnn_type, bidirectional):
+def test_cpu_recurrence_equals_torch_in_values_and_gradients(rnn_type, bidirectional, threads):
     torch.manual_seed(0)
     layer = RecurrentLayer(6, 5, rnn_type, bidirectional, init="torch").double()
     x = torch.randn(4, 9, 6, dtype=torch.double, requires_grad=True)
@@ -178,7 +190,32 @@ def test_recurrence_ignores_whatever_stands_on_padding(lengths, rnn_type, low):
     assert (y[~mask] == 0).all()
 
 
-def test_recurrence_may_be_differentiated_again_and_without_input_gradient():
+def test_an_error_in_the_second_direction_is_raised_and_the_next_call_works(threads):
+    layer, mask = RecurrentLayer(3, 4), torch.ones(2, 5, dtype=torch.bool)
+    (w_ih, w_hh, b_ih, b_hh), bad = directions(layer)[0], directions(layer)[1]
+    with pytest.raises(RuntimeError):
+        recurrence("gru", torch.randn(2, 5, 3), mask, [(w_ih, w_hh, b_ih, b_hh), (bad[0][:, :2], *bad[1:])])
+    assert layer(torch.randn(2, 5, 3), torch.tensor([5, 4]), mask).isfinite().all()
+
+
+def test_a_forked_process_has_a_second_thread_of_its_own():
+    script = """
+import os, torch
+from recipes.recurrent import RecurrentLayer
+torch.set_num_threads(2)
+layer, x, lengths = RecurrentLayer(3, 4), torch.randn(2, 5, 3), torch.tensor([5, 4])
+mask = torch.ones(2, 5, dtype=torch.bool)
+y = layer(x, lengths, mask)
+child = os.fork()
+if child == 0:
+    os._exit(0 if torch.equal(layer(x, lengths, mask), y) else 1)
+print("child:", os.waitpid(child, 0)[1])
+"""
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, timeout=120)
+    assert "child: 0" in done.stdout, done.stderr[-500:]
+
+
+def test_recurrence_may_be_differentiated_again_and_without_input_gradient(threads):
     layer = RecurrentLayer(3, 4)
     lengths = torch.tensor([5, 3])
     y = layer(torch.randn(2, 5, 3), lengths, valid_mask(lengths, 5)).sum()
