@@ -157,8 +157,8 @@ def _done(out: Path, plan: Plan) -> dict[int, dict]:
             except ValueError:
                 found = None
             if found != plan.fingerprint:
-                raise ShardError(f"{path}: {out} holds shards of another manifest or other settings: give another --out, "
-                                 "or remove the folder")
+                raise ShardError(f"{path}: {out} holds shards of another manifest or other settings: "
+                                 "give another --out, or remove the folder")
     if whole.is_file():
         records = json.loads(whole.read_text())["shards"]
     else:
@@ -204,7 +204,7 @@ def _only_one(out: Path, patience: float = 10.0) -> Iterator[None]:
                 break
             except OSError:
                 if time.monotonic() > end:
-                    raise ShardError(f"{out}: another run is writing here: wait for it, or give another --out") from None
+                    raise ShardError(f"{out}: another run is writing here: wait or give another --out") from None
                 time.sleep(0.1)
         yield
     finally:

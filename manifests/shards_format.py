@@ -47,7 +47,7 @@ def is_sharded(row: dict[str, Any]) -> bool:
 
 
 def shard_path(row: dict[str, Any], manifest_path: str | os.PathLike) -> str:
-    """`<folder of the manifest>/audio_<shard>.tar/<name in it>`: the path of a sharded row's audio, for `read_shard`."""
+    """`<folder of the manifest>/audio_<shard>.tar/<name in it>`: a sharded row's audio, for `read_shard`."""
     folder = os.path.dirname(os.path.abspath(os.fspath(manifest_path)))
     return os.path.join(folder, tar_name(row["shard_id"]), row["audio_filepath"])
 

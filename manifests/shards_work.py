@@ -152,7 +152,8 @@ def run_workers(
                     process = running.pop(pipe)
                     process.join()
                     if process.exitcode:
-                        raise ShardError(f"a worker ended with status {process.exitcode}: the same command goes on") from None
+                        message = f"a worker ended with status {process.exitcode}: the same command goes on"
+                        raise ShardError(message) from None
                     continue
                 if isinstance(result, Exception):
                     raise result

@@ -71,7 +71,8 @@ def test_each_row_is_there_once_with_its_audio_byte_for_byte(manifest, written):
             assert tar.extractfile(row["audio_filepath"]).read() == audio
         left = {key: value for key, value in row.items() if key not in ("shard_id", "tar_offset", "tar_bytes")}
         assert left == {"sampling_rate": RATE, **own, "audio_filepath": Path(own["audio_filepath"]).name}
-    parts = [read_manifest(written / "sharded_manifests" / f"manifest_{i}.json") for i in range(rows[-1]["shard_id"] + 1)]
+    names = [f"manifest_{shard}.json" for shard in range(rows[-1]["shard_id"] + 1)]
+    parts = [read_manifest(written / "sharded_manifests" / name) for name in names]
     assert len(parts) >= 3 and [row for part in parts for row in part] == rows
     assert not (written / shards.WORK).exists()
 
@@ -81,7 +82,8 @@ def test_the_bytes_do_not_depend_on_workers_or_place(manifest, written, tmp_path
         write_shards([manifest], tmp_path / str(workers), hours=0.001, workers=workers)
         assert contents(tmp_path / str(workers)) == contents(written)
     write_shards([manifest], tmp_path / "other", hours=0.001, seed=1)
-    assert contents(tmp_path / "other").keys() == contents(written).keys() and contents(tmp_path / "other") != contents(written)
+    other = contents(tmp_path / "other")
+    assert other.keys() == contents(written).keys() and other != contents(written)
 
 
 def test_an_order_can_be_kept_and_manifests_are_taken_as_one(manifest, tmp_path):
@@ -90,7 +92,8 @@ def test_an_order_can_be_kept_and_manifests_are_taken_as_one(manifest, tmp_path)
         row["audio_filepath"] = str(manifest.parent / row["audio_filepath"])
     halves = [write_rows(tmp_path / "a.json", rows[:11]), write_rows(tmp_path / "b.json", rows[11:])]
     record = write_shards(halves, tmp_path / "out", hours=0.001, seed=None)
-    assert [row["utterance"] for row in read_manifest(tmp_path / "out" / COMBINED)] == [row["utterance"] for row in rows]
+    found = read_manifest(tmp_path / "out" / COMBINED)
+    assert [row["utterance"] for row in found] == [row["utterance"] for row in rows]
     assert record["utterances"] == 30 and record["seconds"] == pytest.approx(sum(row["duration"] for row in rows))
 
 
@@ -140,7 +143,8 @@ def test_a_killed_run_goes_on_and_gives_the_same_bytes(manifest, written, tmp_pa
 
 def test_kill_9_at_any_moment_leaves_only_whole_files_and_no_worker(manifest, written, tmp_path):
     out = tmp_path / "out"
-    command = [sys.executable, "-m", "manifests.shards", str(manifest), "--out", str(out), "--hours", "0.001", "--workers", "2"]
+    options = ["--out", str(out), "--hours", "0.001", "--workers", "2"]
+    command = [sys.executable, "-m", "manifests.shards", str(manifest), *options]
     whole, draw = contents(written), random.Random(0)
     # A slow disk: the kill comes while shards are being written.
     slow = ("import sys,time,manifests.shards_work as w,manifests.shards as s;c=w._checked;"
