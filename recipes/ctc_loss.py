@@ -51,9 +51,10 @@ class CTCLoss(nn.Module):
     def forward(self, log_probs: Tensor, targets: Tensor, input_lengths: Tensor, target_lengths: Tensor) -> Tensor:
         """Log-probs (B, T, V+1), targets (B, S), lengths (B) and (B) to a scalar loss in nats."""
         losses = self.per_utterance(log_probs, targets, input_lengths, target_lengths)
-        feasible = (~self.infeasible).to(losses.dtype)
-        if self.reduction == "mean_volume":
-            count = (feasible * target_lengths).sum()
-        else:
-            count = feasible.sum()
+        return self.average(losses, self.infeasible, target_lengths)
+
+    def average(self, losses: Tensor, infeasible: Tensor, target_lengths: Tensor) -> Tensor:
+        """Sums of utterances (B) to the scalar that `reduction` asks for, without those that are infeasible."""
+        feasible = (~infeasible).to(losses.dtype)
+        count = (feasible * target_lengths if self.reduction == "mean_volume" else feasible).sum()
         return (losses * feasible).sum() / count.clamp(min=1)

@@ -22,6 +22,7 @@ from nemo.core.classes.mixins import AccessMixin
 from omegaconf import DictConfig, OmegaConf, open_dict
 from torch import Tensor
 
+from recipes.consistency import consistency_loss, two_views
 from recipes.ctc_loss import CTCLoss
 from recipes.data import CharEncoder, ResumableLoader, lhotse_loader, manifest_loader, read_rows
 from recipes.lengths import valid_mask
@@ -120,23 +121,34 @@ class _RecipeModel:
         intermediate = self.is_interctc_enabled()
         if intermediate:
             AccessMixin.set_access_enabled(access_enabled=True, guid=self.model_guid)
+        consistency = self._cfg.get("consistency_weight", 0.0)
         if signals.ndim == 3:  # features, see recipes.data.FeatureCache
-            log_probs, lengths, symbols_BT = self.forward(
-                processed_signal=signals, processed_signal_length=signal_lengths
-            )
+            features_BDT, feature_lengths = signals, signal_lengths
             signals_a_second = 1 / self._cfg.preprocessor.window_stride
         else:
-            log_probs, lengths, symbols_BT = self.forward(input_signal=signals, input_signal_length=signal_lengths)
+            features_BDT, feature_lengths = self.preprocessor(input_signal=signals, length=signal_lengths)
             signals_a_second = self.preprocessor._sample_rate
+        if consistency:
+            features_BDT, feature_lengths, targets_BS, target_lengths = two_views(
+                features_BDT, feature_lengths, targets_BS, target_lengths
+            )
+        log_probs, lengths, symbols_BT = self.forward(
+            processed_signal=features_BDT, processed_signal_length=feature_lengths
+        )
         loss = self.loss(log_probs, targets_BS, lengths, target_lengths)
         infeasible = self.loss.infeasible
         if intermediate:
             loss, _ = self.add_interctc_losses(loss, targets_BS, target_lengths, compute_wer=False)
             AccessMixin.reset_registry(self)
+        ctc_loss = loss.detach()
+        if consistency:
+            loss = loss + consistency * self.loss.average(
+                consistency_loss(log_probs, lengths), infeasible[: len(ids)], target_lengths[: len(ids)]
+            )
 
         batch_loss = loss.detach()  # what the records show, also of a batch that is skipped
         finite = torch.isfinite(batch_loss)
-        self._report_infeasible(infeasible, targets_BS, target_lengths, lengths, ids)
+        self._report_infeasible(infeasible[: len(ids)], targets_BS, target_lengths, lengths, ids)
         self._bad_step, self.end_agreed = self._any_device(~finite, self.end_requested())
         if self._bad_step:
             self._skip_batch("loss", float(batch_loss), ids, signals)
@@ -145,10 +157,10 @@ class _RecipeModel:
         with torch.no_grad():
             valid = valid_mask(lengths, symbols_BT.shape[1])
             blanks = ((symbols_BT == self.loss.blank) & valid).sum() / valid.sum().clamp(min=1)
-            scale = 1.0 if self.loss.reduction == "mean_volume" else len(ids) / target_lengths.sum().clamp(min=1)
+            scale = 1.0 if self.loss.reduction == "mean_volume" else len(lengths) / target_lengths.sum().clamp(min=1)
             self.step_stats = StepStats(
                 loss=batch_loss,
-                loss_per_char=batch_loss * scale,
+                loss_per_char=ctc_loss * scale,
                 blank_rate=blanks,
                 audio_seconds=signal_lengths.sum() / signals_a_second,
                 utterances=ids,
