@@ -1,0 +1,134 @@
+"""What the benches share: turns, ratios within pairs, memory, files with their table; and the search for a batch."""
+
+import json
+
+import pytest
+
+from tools.bench import batch
+from tools.bench._common import (
+    BenchError, Cost, fair_clock, guarded, measure, ratios, reset_peak, rss, save, shown, spread, take_turns
+)
+
+MACHINE = {"device": "CPU", "cpu": "x", "cores": 2, "threads": 1, "python": "3.11", "versions": {"torch": "2"}}
+
+
+def test_turns_change_who_goes_first_and_warm_rounds_do_not_count():
+    calls = []
+    ways = {name: (lambda number, name=name: calls.append((name, number))) for name in "ab"}
+    costs = take_turns(ways, 3, warm=1)
+    assert [name + str(number) for name, number in calls] == ["b-1", "a-1", "a0", "b0", "b1", "a1", "a2", "b2"]
+    assert {name: len(runs) for name, runs in costs.items()} == {"a": 3, "b": 3}
+
+
+def test_a_cost_has_both_clocks_and_waits_for_the_device():
+    order = []
+    cost = measure(lambda: order.append("work"), lambda: order.append("wait"))
+    assert order == ["wait", "work", "wait"]
+    assert cost.wall > 0 and cost.cpu >= 0
+
+
+def test_ratios_are_taken_within_pairs():
+    # a neighbour on the machine doubled the second pair: the ratio does not see it
+    found = ratios([Cost(2, 3), Cost(4, 6), Cost(3, 3)], [Cost(1, 1), Cost(2, 2), Cost(1, 1)])
+    assert found["wall"]["median"] == 2 and found["wall"]["most"] == 3
+    assert found["cpu"] == {"median": 3, "q1": 3, "q3": 3, "least": 3, "most": 3, "count": 3}
+    assert shown(spread([1, 2, 3, 4, 5])) == "3.00 (2.00 to 4.00)"
+    with pytest.raises(ValueError):
+        ratios([Cost(1, 1)], [])
+    assert (fair_clock("cpu", 1), fair_clock("cpu", 2), fair_clock("cuda", 1)) == ("cpu", "wall", "wall")
+
+
+def test_the_peak_of_memory_starts_anew():
+    if rss() is None or not reset_peak():
+        pytest.skip("this system does not tell or reset a process' peak memory")
+    first = bytearray(200 << 20)
+    for i in range(0, len(first), 4096):
+        first[i] = 1
+    assert rss("VmHWM") - rss() < 50 << 20
+    del first
+    assert rss("VmHWM") - rss() > 150 << 20
+    reset_peak()
+    assert rss("VmHWM") - rss() < 50 << 20
+
+
+def test_a_result_names_no_folder_and_its_table_stands_beside_it(tmp_path):
+    argv = ["--manifest", "/some/where/train.json", "--corpus=mini", "--json", str(tmp_path / "a.json"), "--note=n",
+            "--padding", "mini=/else/where/dev.json"]
+    save(tmp_path / "a.json", "conformer", "Title.\n\nmore", argv, MACHINE, ["", "x"], [["small", "1.2"]], "shared",
+         cases={"small": 1}, remarks=["What it means."])
+    save(tmp_path / "b.json", "loader", "Other.", [], MACHINE, ["", "y"], [["FLAC", "3"]])
+    saved = json.loads((tmp_path / "a.json").read_text())
+    told = "--manifest train.json --corpus=mini --padding mini=dev.json"
+    assert saved["command"] == f"python -m tools.bench conformer {told}"
+    assert saved["title"] == "Title." and saved["cases"] == {"small": 1} and saved["commit"] and saved["date"]
+    page = (tmp_path / "README.md").read_text()
+    assert "| small | 1.2 |" in page and "| FLAC | 3 |" in page and "What it means." in page and "shared" in page
+    assert "/some" not in page and str(tmp_path) not in page + (tmp_path / "a.json").read_text()
+
+
+def test_an_error_is_one_line(capsys):
+    def fail():
+        raise BenchError("outputs differ")
+
+    assert guarded("conformer", fail) == 1 and guarded("conformer", lambda: None) == 0
+    assert capsys.readouterr().err == "bench conformer: outputs differ\n"
+
+
+def memory(bucket, utterances):
+    """Bytes of a made-up network with attention: linear in seconds, and a share that grows with the square."""
+    return 1000 + utterances * (100 * bucket + 10 * bucket**2)
+
+
+def limited(limit, told=True):
+    tried = []
+
+    def probe(bucket, utterances):
+        tried.append((bucket, utterances))
+        used = memory(bucket, utterances)
+        return batch.Probe(bucket, utterances, used <= limit, used if told else None)
+
+    return probe, tried
+
+
+@pytest.mark.parametrize("told", [True, False], ids=["peaks known", "only out of memory"])
+def test_the_search_finds_the_most_that_fits(told):
+    probe, _ = limited(200_000, told)
+    most, probes = batch.largest(lambda n: probe(10.0, n), limit=200_000 if told else None)
+    assert memory(10.0, most) <= 200_000 < memory(10.0, round(most * 1.06) + 1)
+    assert len(probes) < 20
+
+
+def test_known_peaks_keep_the_tries_near_the_limit():
+    probe, tried = limited(200_000)
+    batch.largest(lambda n: probe(10.0, n), limit=200_000)
+    assert max(memory(*one) for one in tried) < 1.1 * 200_000
+
+
+def test_the_worst_bucket_is_tried_first_and_binds_all():
+    probe, tried = limited(500_000)
+    found = batch.search([2.0, 5.0, 20.0], probe, 500_000)
+    assert tried[0][0] == 20.0 and set(found["utterances"]) == {2.0, 5.0, 20.0}
+    assert all(memory(bucket, count) <= 500_000 for bucket, count in found["utterances"].items())
+    assert all(memory(bucket, int(found["seconds"] / bucket)) <= 500_000 for bucket in (2.0, 5.0, 20.0))
+    # where the long ones are the worst, no other is searched
+    assert sum(bucket != 20.0 for bucket, _ in tried) == 2
+
+
+def test_a_shorter_bucket_that_is_worse_binds_too():
+    def probe(bucket, utterances):  # each utterance costs the same, however short
+        return batch.Probe(bucket, utterances, utterances <= 30, None)
+
+    found = batch.search([1.0, 10.0], probe)
+    assert found["utterances"] == {10.0: 30, 1.0: pytest.approx(30, abs=1)} and found["seconds"] <= 30
+
+
+def test_what_cannot_hold_one_utterance_is_refused():
+    with pytest.raises(BenchError, match="one utterance of 20 s does not fit"):
+        batch.search([5.0, 20.0], lambda bucket, n: batch.Probe(bucket, n, False, None))
+
+
+def test_buckets_end_with_the_longest_utterance():
+    from omegaconf import OmegaConf
+
+    cfg = OmegaConf.create({"model": {"train_ds": {"bucket_duration_bins": [2, 5, 9], "max_duration": 7}}})
+    assert batch.buckets_of(cfg) == [2.0, 5.0, 7.0]
