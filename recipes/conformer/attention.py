@@ -15,6 +15,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from recipes.conformer.dropout import dropout
+
 # Finite, so that an item without any frame gives numbers and no NaN, and far enough for exp() to be 0 in float32;
 # it fits float16 and bfloat16.
 MASKED = -1e4
@@ -77,23 +79,39 @@ class RelPositionAttention(nn.Module):
         """
         B, T, D = x_BTD.shape
         H, K = self.n_heads, self.d_head
-        q_BTHK, k_BTHK, v_BTHK = self.qkv(x_BTD).view(B, T, 3, H, K).unbind(2)
-        pos_HKP = self.pos(pos_PD).view(-1, H, K).permute(1, 2, 0)
+        q_HBTK, k_HBTK, v_HBTK = (part.permute(2, 0, 1, 3) for part in self.qkv(x_BTD).view(B, T, 3, H, K).unbind(2))
+        pos_HKP = (self.pos(pos_PD) * K**-0.5).view(-1, H, K).permute(1, 2, 0)
 
         # One product a head with all items' queries as rows: positions are the same for every item, and need
         # neither be copied B times nor have B gradients summed.
-        q_v = (q_BTHK + self.bias_v.to(q_BTHK.dtype)) * K**-0.5
-        by_distance = torch.bmm(q_v.permute(2, 0, 1, 3).reshape(H, B * T, K), pos_HKP)
+        q_v = q_HBTK + self.bias_v.to(q_HBTK.dtype)[:, None, None]
+        by_distance = torch.bmm(q_v.reshape(H, B * T, K), pos_HKP)
+        bias_HBTT = shift_to_keys(by_distance.view(H, B, T, 2 * T))
+        q_u = q_HBTK + self.bias_u.to(q_HBTK.dtype)[:, None, None]
         # added, not filled in: the gradient of a sum needs no pass of its own over B x H x T x T numbers
-        masked_BT = torch.zeros_like(pad_BT, dtype=by_distance.dtype).masked_fill(pad_BT, MASKED)
-        bias_BHTT = shift_to_keys(by_distance.view(H, B, T, 2 * T)).transpose(0, 1) + masked_BT[:, None, None]
+        masked_BT = torch.zeros_like(pad_BT, dtype=q_u.dtype).masked_fill(pad_BT, MASKED)
+        dropout_p = self.dropout if self.training else 0.0
+        if x_BTD.device.type == "cpu" and torch.is_grad_enabled() and not torch.jit.is_tracing():
+            y_HBTK = _attend_on_cpu(q_u, k_HBTK, v_HBTK, bias_HBTT, masked_BT, dropout_p)
+        else:
+            y_HBTK = F.scaled_dot_product_attention(
+                *(part.transpose(0, 1) for part in (q_u, k_HBTK, v_HBTK)),
+                attn_mask=bias_HBTT.transpose(0, 1) + masked_BT[:, None, None],
+                dropout_p=dropout_p,
+            ).transpose(0, 1)
+        return self.out(y_HBTK.permute(1, 2, 0, 3).reshape(B, T, D))
 
-        q_u = q_BTHK + self.bias_u.to(q_BTHK.dtype)
-        y_BHTK = F.scaled_dot_product_attention(
-            q_u.transpose(1, 2),
-            k_BTHK.transpose(1, 2),
-            v_BTHK.transpose(1, 2),
-            attn_mask=bias_BHTT,
-            dropout_p=self.dropout if self.training else 0.0,
-        )
-        return self.out(y_BHTK.transpose(1, 2).reshape(B, T, D))
+
+def _attend_on_cpu(q: Tensor, k: Tensor, v: Tensor, bias_HBTT: Tensor, masked_BT: Tensor, dropout_p: float) -> Tensor:
+    """What ``scaled_dot_product_attention`` does, (H, B, T, K) each, for training on CPU.
+
+    There torch has no fused kernel for a bias with a gradient, and multiplies out in float32 whatever autocast does.
+    Here the products stay in autocast's type, and the bias and the mask are added inside the first of them: the mask as
+    one more number of each key, which each query meets with a 1.
+    """
+    H, B, T, K = q.shape
+    q = F.pad(q, (0, 1), value=1.0)
+    k = torch.cat((k * K**-0.5, masked_BT[None, ..., None].expand(H, B, T, 1)), dim=-1)
+    scores = torch.baddbmm(bias_HBTT.flatten(0, 1), q.flatten(0, 1), k.flatten(0, 1).transpose(1, 2))
+    weights = dropout(scores.softmax(-1), dropout_p, training=True)
+    return torch.bmm(weights, v.flatten(0, 1)).view(H, B, T, K)
