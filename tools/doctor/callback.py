@@ -9,7 +9,6 @@ every module watched. It changes nothing in the model and nothing in what is lea
 
 from __future__ import annotations
 
-import functools
 import logging
 import math
 import time
@@ -20,16 +19,19 @@ import torch
 from lightning.pytorch import Callback
 from torch import Tensor
 
-from tools.doctor import listen, utterances
+from tools.doctor import devices, listen, utterances
 from tools.doctor.autopsy import RandomState, Watch, broken_parameters, examine_batch
 from tools.doctor.causes import name_causes
+from tools.doctor.delivered import Delivered
 from tools.doctor.finding import Finding, Report
 from tools.doctor.frames import Frames, Gradients, Movement
+from tools.doctor.guard import guarded
 from tools.doctor.live import (
-    is_scalar, optimizer_findings, planned_steps, probe_model, run_folder, save, scanned, schedule_findings,
-    settings_of,
+    follow_rate, is_scalar, keep_gradients, optimizer_findings, planned_steps, probe_model, run_folder, save, scanned,
+    schedule_findings, settings_of,
 )
 from tools.doctor.metrics import Tally
+from tools.doctor.registry import NotExamined
 from tools.doctor.run import diagnose
 from tools.doctor.trace import Trace
 
@@ -37,28 +39,8 @@ log = logging.getLogger("doctor")
 
 BAD_IN_A_ROW = 3  # non-finite steps, parameters still whole, before a run is said to be lost
 SCALER_PATIENCE = 10  # a gradient scaler for float16 looks for its scale by overflowing
-PROBE_STEPS = 100  # a shorter run that is still on its first plateau is only a trial
+PROBE_STEPS = 50  # a shorter run that is still on its first plateau is only a trial
 SCAN_EVERY = 200  # steps between two looks at the outputs of all modules
-
-
-def _guarded(hook):
-    """A hook that cannot end the run: where it fails, the callback says so and switches itself off."""
-
-    @functools.wraps(hook)
-    def safe(self, trainer, pl_module, *arguments, **keywords):
-        if self._off and hook.__name__ not in ("on_train_end", "on_exception"):
-            return
-        try:
-            hook(self, trainer, pl_module, *arguments, **keywords)
-        except Exception as error:
-            self._off = True
-            self._listener.close()
-            self._stop_watching()
-            reason = f"{type(error).__name__} in {hook.__name__}: {' '.join(str(error).split())[:200]}"
-            self.not_examined.append(f"run: after step {trainer.global_step} the callback was off: {reason}")
-            log.warning("doctor: switched off, the run goes on: %s", reason, exc_info=True)
-
-    return safe
 
 
 class Doctor(Callback):
@@ -95,10 +77,13 @@ class Doctor(Callback):
         self._ends = self._off = False
         self._loss: Tensor | None = None
         self._watch: Watch | None = None
+        self._delivered: Delivered | None = None
+        self._gradients: Gradients | None = None
+        self._others: list[dict] = []  # what all ranks have told, at the end
 
     # ---- the run -------------------------------------------------------------------------------------------
 
-    @_guarded
+    @guarded
     def on_train_start(self, trainer, pl_module):
         self._model = pl_module
         self.folder = self.folder or run_folder(trainer)
@@ -109,19 +94,18 @@ class Doctor(Callback):
         trace.precision = str(trainer.precision)
         trace.optimizer = type(trainer.optimizers[0]).__name__ if trainer.optimizers else ""
         trace.settings = settings_of(pl_module)
-        self.fixed += optimizer_findings(trainer, pl_module)
         found, trace.warmup = schedule_findings(trainer, trace)
         self.fixed += found
         self.examined = ["run: optimizer and schedule of the live trainer"]
-        self._movement = Movement(pl_module)
-        self._parameters = [(name, p) for name, p in pl_module.named_parameters() if p.requires_grad]
-        self._frames, self._gradients = Frames(utterances.labels_of(pl_module)), Gradients(self._parameters)
+        self._frames = Frames(utterances.labels_of(pl_module))
+        manifests = trace.settings.manifests.get("train", []) if trace.settings is not None else []
+        self._delivered = Delivered(manifests, utterances.rate_of(pl_module))
         self._listener.open()
         self._begun = time.perf_counter()
         self._batch_ended = None
         self._announce(trainer)
 
-    @_guarded
+    @guarded
     def on_train_batch_start(self, trainer, pl_module, batch, batch_idx):
         begin = time.perf_counter()
         if self._batch_ended is not None:
@@ -143,17 +127,30 @@ class Doctor(Callback):
             self._watch.__enter__()
         self.cost += time.perf_counter() - begin
 
-    @_guarded
+    def _first_step(self, trainer, model) -> None:
+        """Looks at the parameters when the first step is to be taken: hooks of the model may have replaced some."""
+        self.fixed += optimizer_findings(trainer, model)
+        self._movement = Movement(model)
+        self._parameters = [(name, p) for name, p in model.named_parameters() if p.requires_grad]
+        self._gradients = Gradients(self._parameters)
+        if self.fixed:
+            self._announce(trainer)
+
+    @guarded
     def on_before_backward(self, trainer, pl_module, loss):
         begin = time.perf_counter()
+        if 0 < trainer.global_step <= 4 and self._batch[1] % trainer.accumulate_grad_batches == 0:
+            self.fixed = keep_gradients(self.fixed, trainer, pl_module)
         self._loss = loss.detach() * trainer.accumulate_grad_batches
         self._end_scan()
         self.cost += time.perf_counter() - begin
 
-    @_guarded
+    @guarded
     def on_before_optimizer_step(self, trainer, pl_module, optimizer):
         begin = time.perf_counter()
         self._step_taken = True
+        if self._gradients is None:
+            self._first_step(trainer, pl_module)
         gradients = [p.grad for _, p in self._parameters if p.grad is not None]
         norm = torch.nn.utils.get_total_norm(gradients) if gradients else torch.zeros((), device=pl_module.device)
         self._check_step(trainer, pl_module, norm)
@@ -162,7 +159,7 @@ class Doctor(Callback):
             self._gradients.look(self.trace)
         self.cost += time.perf_counter() - begin
 
-    @_guarded
+    @guarded
     def on_train_batch_end(self, trainer, pl_module, outputs, batch, batch_idx):
         begin = time.perf_counter()
         self._end_scan()
@@ -190,36 +187,37 @@ class Doctor(Callback):
         self._batch_ended = time.perf_counter()
         self.cost += self._batch_ended - begin
 
-    @_guarded
+    @guarded
     def on_train_end(self, trainer, pl_module):
         self.trace.ended = True
+        self._ask_others(trainer)
         self._finish(trainer, pl_module)
 
-    @_guarded
+    @guarded
     def on_exception(self, trainer, pl_module, exception):
         if self._begun is not None and not isinstance(exception, KeyboardInterrupt):
             self.trace.messages.append(("trainer", f"{type(exception).__name__}: "
                                                    f"{' '.join(str(exception).split())[:300]}"))
-        self._finish(trainer, pl_module)
+        self._finish(trainer, pl_module, alone=True)
 
     def teardown(self, trainer, pl_module, stage):
         self._listener.close()
 
     # ---- validation ----------------------------------------------------------------------------------------
 
-    @_guarded
+    @guarded
     def on_validation_epoch_start(self, trainer, pl_module):
         self._batch_ended = None  # the time of a validation is no waiting for data
         self._tally = None
         if self._begun is not None and not trainer.sanity_checking and Tally.wanted(self.fixed, self.examined):
             self._tally = Tally(pl_module)
 
-    @_guarded
+    @guarded
     def on_validation_batch_start(self, trainer, pl_module, batch, batch_idx, dataloader_idx=0):
         self._listener.clear()
         self._listener.active = self._tally is not None
 
-    @_guarded
+    @guarded
     def on_validation_batch_end(self, trainer, pl_module, outputs, batch, batch_idx, dataloader_idx=0):
         begin = time.perf_counter()
         if self._tally is not None:
@@ -229,7 +227,7 @@ class Doctor(Callback):
         self._listener.clear()
         self.cost += time.perf_counter() - begin
 
-    @_guarded
+    @guarded
     def on_validation_end(self, trainer, pl_module):
         begin = time.perf_counter()
         if self._begun is None or trainer.sanity_checking:
@@ -275,7 +273,8 @@ class Doctor(Callback):
             self._last_norm, self._norm_before = gradient, getattr(self, "_last_norm", float("nan"))
         self.trace.loss_unit = "character" if call is not None else "unknown"
         if call is not None and not flags[3]:
-            self._note_infeasible(model, call, need, room)
+            names = self._names(self._batch[0], model, call) if len(self.trace.infeasible) < 20 else []
+            utterances.note_infeasible(self.trace, self._recent, need, room, names)
         if not (flags[0] and flags[1]) or not flags[2]:
             self._non_finite(trainer, model, call, gradient_only=bool(flags[0] and flags[1]))
         elif norm is not None:
@@ -298,7 +297,7 @@ class Doctor(Callback):
             if scaler:
                 bad.origin = "backward"
             elif gradient_only and trainer.world_size > 1:  # gradients are summed over devices before this
-                bad.details["or"] = "it came from another device, where the loss is not finite: see report-rank*.json"
+                bad.details["or"] = "it came from another device, where the loss is not finite: see its own log"
             self.trace.bad = bad
             log.warning("doctor: step %d: %s is not finite; origin: %s %s; utterances %s", bad.step, bad.what,
                 bad.origin,
@@ -319,18 +318,6 @@ class Doctor(Callback):
             log.debug("utterances of a batch", exc_info=True)
             return [f"not named: {type(error).__name__}"]
 
-    def _note_infeasible(self, model, call, need: Tensor, room: Tensor) -> None:
-        rows = torch.nonzero(need > room).flatten().tolist()
-        batch, _ = self._batch
-        names = self._names(batch, model, call) if len(self.trace.infeasible) < 20 else []
-        for row in rows:
-            name = names[row] if row < len(names) else f"step {self.trace.last_step} row {row}"
-            if name not in self._recent:
-                self._recent.append(name)
-                self.trace.infeasible_seen += 1
-                if len(self.trace.infeasible) < 20:
-                    self.trace.infeasible[name] = (int(need[row]), int(room[row]))
-
     def _look(self, trainer) -> None:
         """Frames, targets and the size of the step, of this batch."""
         step, trace, call = trainer.global_step, self.trace, self._listener.call
@@ -340,6 +327,20 @@ class Doctor(Callback):
         if call is None or (self.trace.bad is not None and not bool(torch.isfinite(call.log_probs).all())):
             return
         self._frames.look(trace, call, step, self._affordable() and step % (20 * self._stride) == 0)
+        self._look_at_delivery(trainer, call)
+
+    def _look_at_delivery(self, trainer, call) -> None:
+        """Rows of the first batches against the manifest, until there are enough of them."""
+        seen = self._delivered
+        if seen is None or not seen.wanted:
+            return
+        seen.add(self._batch[0], utterances.target_texts(self._model, call))
+        if not seen.wanted:
+            try:
+                self.fixed += seen.judge()
+                self.examined.append(seen.title)
+            except NotExamined as reason:
+                self.not_examined.append(f"{seen.title}: {reason}")
 
     def _stop_watching(self) -> list:
         """Takes the hooks off all modules; returns what they saw."""
@@ -383,13 +384,14 @@ class Doctor(Callback):
         found, ruled_out, missing = diagnose(self.trace)
         fixed_ids = {finding.id for finding in self.fixed}
         found = [*self.fixed, *[finding for finding in found if finding.id not in fixed_ids]]
+        found += devices.seen_elsewhere(self._others, 0, {finding.id for finding in found})
         report = Report(found, ["run: the curve, by the callback", *self.examined], ruled_out,
                         [*missing, *self.not_examined])
         early = self.trace.ended and self.trace.last_step >= PROBE_STEPS
         troubled = any(f.id.startswith("run-") and (f.weight != "note" or f.id == "run-early" and early) for f in found)
         if probes and troubled and self._model is not None:
             report = probe_model(self._model, report)
-        report.findings = name_causes(report.findings)
+        report.findings = follow_rate(name_causes(report.findings))
         report.sort()
         report.ruled_out = sorted(set(report.ruled_out) - set(report.ids))
         return report
@@ -421,7 +423,20 @@ class Doctor(Callback):
     def _broken(self) -> bool:
         return self._bad_in_a_row >= BAD_IN_A_ROW or bool(broken_parameters(self._model))
 
-    def _finish(self, trainer, model) -> None:
+    def _ask_others(self, trainer) -> None:
+        """At the end of a run on several devices: rank 0 learns what the others have seen. No rank may leave it out."""
+        if not devices.together(trainer):
+            return
+        try:
+            own = devices.facts(self.trace, self.report().findings, self.cost)
+        except Exception:  # it was switched off early
+            own = devices.facts(Trace(), [], self.cost)
+        every = devices.gather(trainer, own)
+        if trainer.is_global_zero:
+            devices.count_together(self.trace, every, 0)
+            self._others = every
+
+    def _finish(self, trainer, model, alone: bool = False) -> None:
         self._listener.close()
         if self._begun is None:
             return
@@ -430,5 +445,5 @@ class Doctor(Callback):
         self.examined = [line for line in self.examined if not line.startswith("cost:")]
         self.examined.append(f"cost: {self.cost:.2f} s of {seconds:.0f} s, {share:.2%}")
         report = self.report(probes=self.probe and trainer.world_size == 1)
-        save(self.folder, report, self.trace, trainer)
+        save(self.folder, report, self.trace, trainer, alone)
         self._begun = None

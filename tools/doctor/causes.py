@@ -42,8 +42,20 @@ EFFECTS: dict[str, tuple[str, ...]] = {
     "data-characters": ("tokenizer-vocabulary",),
     "lr-zero": ("warmup-missing",),
     "lr-too-high": ("warmup-missing", "run-nan", "run-diverged"),
-    "schedule-per-epoch": ("lr-too-low",),
+    "schedule-per-epoch": ("lr-too-low", "warmup-too-long"),
     "warmup-too-long": ("lr-too-low",),
+}
+
+
+def _room_is_usual(finding: Finding) -> bool:
+    """Whether targets usually fit well, so that those that do not are an exception with a reason of its own."""
+    return float(finding.evidence.get("median fill", 1.0)) < 0.75
+
+
+# Likewise where the cause is only a warning: the effect must be no graver, and the condition must hold for it.
+OF_WARNINGS = {
+    "data-sample-rate": {"features-bad": lambda finding: True},  # nothing above half of the true rate
+    "data-mismatched-text": {"data-target-too-long": _room_is_usual},  # another, longer text
 }
 
 
@@ -75,9 +87,13 @@ def name_causes(findings: list[Finding]) -> list[Finding]:
     stopping = {finding.id for finding in findings if finding.weight == "prevents"}
     # Of two that cause each other by this table none is the first: both stay.
     first = {id for id in stopping if not any(id in EFFECTS.get(other, ()) for other in stopping - {id})}
+    warned = {finding.id for finding in findings if finding.weight == "warning"}
     out = []
     for finding in findings:
         causes = [cause for cause in first if cause != finding.id and finding.id in EFFECTS.get(cause, ())]
+        if not causes and finding.weight == "warning":
+            causes = [cause for cause in warned & set(OF_WARNINGS) if finding.id in OF_WARNINGS[cause]
+                      and OF_WARNINGS[cause][finding.id](finding)]
         if causes and finding.weight != "note":
             symptom = f"{finding.symptom} This follows from {', '.join(sorted(causes))}: mend that first."
             finding = replace(finding, weight="note", symptom=symptom)

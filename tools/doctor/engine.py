@@ -9,10 +9,14 @@ from typing import Any
 
 from tools.doctor.causes import name_causes
 from tools.doctor.finding import Report
-from tools.doctor.registry import NEEDS, NotExamined, checks
+from tools.doctor.registry import NEEDS, Check, NotExamined, checks
 from tools.doctor.subject import Subject
 
 log = logging.getLogger("doctor")
+
+UNLEARNED = {"run-early", "run-plateau", "run-collapse-blank", "run-collapse-letter", "run-diverged", "run-nan",
+             "run-overfitting"}
+OF_A_RUN = ("outputs", "features", "lengths", "labels", "loss", "gradients", "locality", "invariance", "depth")
 
 
 def examine(
@@ -51,15 +55,32 @@ def examine(
     families = None if families is None else list(families)
     subject.open(families)
     available = [need for need in NEEDS if subject.has(need)]
+    named = run_checks(subject, checks(available, families), available, report)
+    if families is None and model is None and config is None and unlearned(report) and subject.seconds_left() > 20:
+        # Why a run has not learned is often in its model: it is built anew and probed.
+        if (reason := subject.open_model_of_run()) is None:
+            named += run_checks(subject, checks(["model"], OF_A_RUN), [*available, "model"], report)
+        else:
+            report.not_examined.append(f"the model of this run: {reason}")
+    report.findings = name_causes([*subject.findings, *report.findings])
+    report.sort()
+    # A fault is ruled out where every check that could name it has run and none did.
+    seen = {finding.id for finding in report.findings}
+    report.ruled_out = sorted(set(named) - seen)
+    return report
+
+
+def run_checks(subject: Subject, chosen: list[Check], available: list[str], report: Report) -> list[str]:
+    """Runs the checks and puts what they say into the report; returns the faults that those that ran whole can name."""
     named: list[str] = []
-    for check in checks(available, families):
+    for check in chosen:
         label = f"{check.family}: {check.title}"
         missing = [need for need in check.needs if need not in available]
         if missing:
             report.not_examined.append(f"{label}: needs {', '.join(missing)}")
             continue
         if subject.seconds_left() <= 0:
-            report.not_examined.append(f"{label}: the {seconds:g} s given were over")
+            report.not_examined.append(f"{label}: the {subject.seconds:g} s given were over")
             continue
         whole, found, begin = False, [], time.thread_time()
         try:
@@ -76,12 +97,12 @@ def examine(
         if whole:
             report.examined.append(label)
             named += check.faults
-    report.findings = name_causes([*subject.findings, *report.findings])
-    report.sort()
-    # A fault is ruled out where every check that could name it has run and none did.
-    seen = {finding.id for finding in report.findings}
-    report.ruled_out = sorted(set(named) - seen)
-    return report
+    return named
+
+
+def unlearned(report: Report) -> bool:
+    """Whether the report is of a run that has learned nothing, or has lost what it had."""
+    return any(finding.id in UNLEARNED for finding in report.findings)
 
 
 def first_line(error: BaseException) -> str:

@@ -68,7 +68,7 @@ def gradients_arrive(subject):
                  "everywhere (dead ReLU).")
     yield Finding(
         "no-gradient",
-        "prevents" if whole or no_encoder or share > 0.2 else "warning",
+        "prevents" if whole or no_encoder or share > 0.2 else "warning" if share > 0.01 else "note",
         f"{len(without)} of {len(sizes)} trainable parameter tensors ({share:.0%} of all values) get no gradient from "
         "a "
         f"training step: {', '.join(parts(without)[:6])}{' ...' if len(parts(without)) > 6 else ''}.",
@@ -95,11 +95,16 @@ def parameters_are_trainable(subject):
     started = subject.settings is not None and any(
         subject.settings.get(key) for key in ("init_from", "init_from_nemo_model", "init_from_pretrained_model",
                                               "init_from_ptl_ckpt"))
+    apart = _takes_no_part(probe, set(frozen))
+    if apart:
+        started = True
     yield Finding(
         "frozen",
         "prevents" if share > 0.2 and not started else "warning",
         f"{len(frozen)} parameter tensors ({share:.0%} of all values) are frozen (requires_grad=False): "
         f"{', '.join(parts(list(frozen))[:6])}{' ...' if len(parts(list(frozen))) > 6 else ''}.",
+        "They take no part in training: a copy, an average of the weights for evaluation. That is right where "
+        "something updates it at every step, and else evaluation is by the weights it was made with." if apart else
         "encoder.freeze(), a leftover of fine-tuning, or export(), which leaves a model so. Frozen random weights "
         "learn "
         "nothing; frozen trained ones may be meant.",
@@ -108,6 +113,18 @@ def parameters_are_trainable(subject):
         0.95 if not started else 0.5,
         where=next(iter(frozen)),
     )
+
+
+def _takes_no_part(probe, names: set[str]) -> bool:
+    """Whether outputs in train mode are the same whatever these parameters are."""
+    with probe.ready(train=True), torch.no_grad():
+        x, lengths = probe.features()
+        before = probe.forward(x, lengths)[0]
+        for name, p in probe.model.named_parameters():
+            if name in names and p.is_floating_point():
+                p.mul_(-2.0).add_(0.1)
+        after = probe.forward(x, lengths)[0]
+    return before.shape == after.shape and bool(torch.equal(before, after))
 
 
 def parameter_groups(probe) -> tuple[list[dict], str] | None:

@@ -150,6 +150,42 @@ def items_are_independent(subject):
     )
 
 
+@check("invariance", faults=("batch-leak",), needs=("model",))
+def company_changes_nothing(subject):
+    """An utterance among others of other lengths has the outputs that it has with the same padding alone."""
+    probe = subject.probe
+    probe.must_repeat()
+    with probe.ready(), torch.no_grad():
+        x, lengths = probe.features()
+        together, kept = probe.forward(x, lengths)
+        _finite(together)
+        changes, returned = [], []
+        for item in range(len(x)):
+            out, size = probe.forward(x[item : item + 1], lengths[item : item + 1])
+            valid = min(out.shape[1], together.shape[1], int(size[0]))
+            changes.append(relative(out[0, :valid] - together[item, :valid], out[0, :valid]) if valid > 1 else 0.0)
+            returned.append(int(size[0]))
+    moved = [item for item, size in enumerate(returned) if size != int(kept[item])]
+    if max(changes) <= 0.2 and not moved:
+        return
+    worst = max(range(len(changes)), key=changes.__getitem__)
+    yield Finding(
+        "batch-leak",
+        "prevents",
+        f"In a batch of items of {lengths.tolist()} frames, item {worst} has outputs that differ by "
+        f"{changes[worst]:.0%} of their spread from those that it has alone, with the same padding."
+        if max(changes) > 0.2 else f"In a batch the lengths returned are {kept.tolist()}, item by item {returned}.",
+        "Items meet the lengths or masks of other items: lengths were sorted and the batch was not (for "
+        "pack_padded_sequence), or put back in the wrong order.",
+        {"relative change of each item": [round(change, 4) for change in changes],
+         "lengths in the batch": kept.tolist(), "lengths alone": returned},
+        ["pack_padded_sequence(x, lengths, enforce_sorted=False), which sorts and restores both",
+         "or sort x and lengths by one order, and undo it on the outputs"],
+        0.93,
+        where="encoder",
+    )
+
+
 def _item(batch: int, item: int):
     """Takes one item of a tensor where its batch axis can be told."""
 
@@ -267,13 +303,17 @@ def running_statistics_follow(subject):
     if not named:
         return
     # One batch takes old statistics to (1 - m) old + m new: two starts that are 10 apart end 10 (1 - m) apart.
-    ends = []
+    ends, called = [], set()
+    handles = [m.register_forward_hook(lambda m, args, output, name=name: called.add(name)) for name, m in named]
     for offset in (0.0, 10.0):
         with probe.ready(train=True), torch.no_grad():
             for _, module in named:
                 module.running_mean.add_(offset)
             probe.forward(*probe.features())
             ends.append({name: m.running_mean.clone() for name, m in named})
+    for handle in handles:
+        handle.remove()
+    named = [(name, m) for name, m in named if name in called]  # those that nothing calls are another matter
     moved = {name: 1 - float((ends[1][name] - ends[0][name]).median()) / 10 for name, _ in named
              if bool(torch.isfinite(ends[0][name]).all()) and float(ends[0][name].abs().max()) < 1e4}
     stuck = [name for name, share in moved.items() if share < 0.002]

@@ -7,6 +7,7 @@ import torch
 from tools.doctor.finding import Finding, Plot
 from tools.doctor.registry import NotExamined, check
 
+LONGEST = 40.0  # seconds that are tried at most
 MANY = 0.2  # share of utterances that do not fit from which on learning is kept from happening
 
 
@@ -155,6 +156,41 @@ def lengths_are_heeded(subject):
         0.95,
         where="encoder",
     )
+
+
+@check("lengths", faults=("model-does-not-build",), needs=("model", "manifests"))
+def every_length_passes(subject):
+    """The longest and the shortest utterance of train pass through the model."""
+    probe = subject.probe
+    s = subject.settings
+    low, high = (s.number(f"model.train_ds.{key}", limit) if s is not None else limit
+                 for key, limit in (("min_duration", 0.0), ("max_duration", LONGEST)))
+    rows = [row for row in subject.rows.get("train", []) if low <= row["duration"] <= min(high, LONGEST)]
+    if not rows:
+        raise NotExamined("no utterance of train is between the limits of its length")
+    frames_of = getattr(getattr(probe.model.preprocessor, "featurizer", None), "get_seq_len", None)
+    for kind, row in (("longest", max(rows, key=lambda r: r["duration"])),
+                      ("shortest", min(rows, key=lambda r: r["duration"]))):
+        samples = torch.tensor([int(row["duration"] * probe.sample_rate)])
+        frames = int(frames_of(samples)[0]) if frames_of else int(samples[0]) * 100 // probe.sample_rate
+        if frames < 1:
+            continue
+        try:
+            with probe.ready(calibrate=False), torch.no_grad():
+                output_frames(probe, frames)
+        except Exception as error:  # anybody's forward
+            line = " ".join(str(error).split())[:300]
+            yield Finding(
+                "model-does-not-build", "prevents",
+                f"The model does not run on the {kind} utterance of train, {row['duration']:.2f} s ({frames} feature "
+                f"frames): {type(error).__name__}: {line}",
+                "A table of positions, a mask or a buffer of a fixed size is shorter than the utterance."
+                if kind == "longest" else "The utterance is shorter than what a kernel or a pooling needs.",
+                {"seconds": row["duration"], "feature frames": frames, "error": f"{type(error).__name__}: {line}"},
+                ["make the table as long as the longest utterance needs, or compute positions from the length",
+                 f"model.train_ds.max_duration below {row['duration']:.2f}"] if kind == "longest" else
+                [f"model.train_ds.min_duration above {row['duration']:.2f}"],
+                0.97, where=row["_at"])
 
 
 @check("lengths", faults=("data-target-too-long",), needs=("model", "manifests"))

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import copy
 import logging
 import math
 import sys
+import warnings
+from dataclasses import replace
 from pathlib import Path
 
 from tools.doctor.autopsy import Output
@@ -69,6 +72,27 @@ def optimizer_findings(trainer, model) -> list[Finding]:
     return found
 
 
+def keep_gradients(findings: list[Finding], trainer, model) -> list[Finding]:
+    """The findings, with one more where gradients of the step before are still there when the next backward begins."""
+    if any(finding.id == "gradients-kept" for finding in findings) or not model.automatic_optimization:
+        return findings
+    # What is in no optimizer is never zeroed, and never moved: that is another finding.
+    held = {id(p) for optimizer in trainer.optimizers for group in optimizer.param_groups for p in group["params"]}
+    kept = [name for name, p in model.named_parameters()
+            if id(p) in held and p.grad is not None and bool((p.grad != 0).any())]
+    if not kept:
+        return findings
+    return [*findings, Finding(
+        "gradients-kept", "prevents",
+        f"When the backward pass of step {trainer.global_step + 1} begins, {len(kept)} parameters still hold the "
+        "gradient of the step before.",
+        "Nothing sets gradients to zero: each step is made with the sum of all gradients since the start, which is a "
+        "direction of long ago and grows from step to step.",
+        {"parameters": kept[:8], "of them": len(kept)},
+        ["leave optimizer_zero_grad to Lightning: delete the override, or call optimizer.zero_grad() in it"], 0.97,
+        where="optimizer_zero_grad")]
+
+
 def schedule_findings(trainer, trace: Trace) -> tuple[list[Finding], int | None]:
     """(findings, warm-up steps or None) of the live schedulers."""
     found, warmup = [], None
@@ -84,6 +108,8 @@ def schedule_findings(trainer, trace: Trace) -> tuple[list[Finding], int | None]
                 "A warm-up of so many steps then lasts so many epochs.",
                 {"scheduler": type(scheduler).__name__, "interval": config.interval, "warm-up": warmup},
                 ['return {"scheduler": scheduler, "interval": "step"} from configure_optimizers'], 0.95, where=key))
+        elif config.interval == "epoch" and not config.reduce_on_plateau:
+            found += hardly_rising(trainer, config, trace)
     if not trainer.lr_scheduler_configs and trainer.optimizers and trace.optimizer.lower() not in ("novograd", "sgd"):
         rate = trainer.optimizers[0].param_groups[0]["lr"]
         if rate > 3e-3:
@@ -94,6 +120,68 @@ def schedule_findings(trainer, trace: Trace) -> tuple[list[Finding], int | None]
                 {"learning rate": rate}, [f"{trace.key('model.optim.sched.name')}=CosineAnnealing with warmup_steps "
                                           "of a tenth of the run"], 0.6, where=trace.key("model.optim.sched")))
     return found, int(warmup) if warmup else None
+
+
+def hardly_rising(trainer, config, trace: Trace) -> list[Finding]:
+    """A finding where a schedule that is stepped once an epoch stays low over the run, and once a step would not."""
+    epochs = planned_epochs(trainer)
+    if trace.planned is None or epochs is None or epochs >= 0.5 * trace.planned:
+        return []
+    rates = rehearsed(config.scheduler, min(trace.planned, 5000))
+    # What one epoch's steps see is the rate before the epoch's end.
+    by_epoch, by_step = max(rates[: max(epochs // max(config.frequency, 1), 1)]), max(rates)
+    if by_epoch > 0.5 * by_step:
+        return []
+    kind = type(config.scheduler).__name__
+    return [Finding(
+        "schedule-per-epoch", "prevents",
+        f"{kind} is stepped once an epoch: in the {epochs} epochs of this run the rate gets to {by_epoch:.2g}; stepped "
+        f"at each of the {trace.planned} steps it would reach {by_step:.2g}.",
+        "Lightning steps a schedule once an epoch where configure_optimizers does not say otherwise. A warm-up of so "
+        "many steps then lasts so many epochs.",
+        {"scheduler": kind, "interval": config.interval, "epochs": epochs, "steps": trace.planned,
+         "highest rate by epochs": by_epoch, "by steps": by_step},
+        ['return {"optimizer": optimizer, "lr_scheduler": {"scheduler": scheduler, "interval": "step"}} from '
+         "configure_optimizers"], 0.95, where="configure_optimizers")]
+
+
+def planned_epochs(trainer) -> int | None:
+    """Epochs that the run will have; None where that is not known."""
+    limits = []
+    if trainer.max_epochs and trainer.max_epochs > 0:
+        limits.append(int(trainer.max_epochs))
+    batches = trainer.num_training_batches
+    if trainer.max_steps > 0 and isinstance(batches, (int, float)) and math.isfinite(batches) and batches > 0:
+        limits.append(math.ceil(trainer.max_steps * trainer.accumulate_grad_batches / batches))
+    return min(limits, default=None)
+
+
+def rehearsed(scheduler, steps: int) -> list[float]:
+    """The highest rate of a schedule's groups now and after each of so many steps, on a copy: nothing is stepped."""
+    copied = _apart(scheduler, {})
+    rates = [max(group["lr"] for group in copied.optimizer.param_groups)]
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # there is no optimizer step between
+        for _ in range(steps):
+            copied.step()
+            rates.append(max(group["lr"] for group in copied.optimizer.param_groups))
+    return rates
+
+
+def _apart(scheduler, optimizers: dict):
+    """A copy of a schedule, and of those it is made of, around an optimizer that holds rates and no weights."""
+    copied = copy.copy(scheduler)
+    own = scheduler.optimizer
+    if id(own) not in optimizers:
+        # Its kind matters to some schedules (momentum of a cycle), its weights to none.
+        stand_in = copy.copy(own)
+        stand_in.param_groups = [{key: value for key, value in group.items() if key != "params"}
+                                 for group in own.param_groups]
+        optimizers[id(own)] = stand_in
+    copied.optimizer = optimizers[id(own)]
+    if hasattr(scheduler, "_schedulers"):
+        copied._schedulers = [_apart(inner, optimizers) for inner in scheduler._schedulers]
+    return copied
 
 
 def scanned(outputs: list[Output], trace: Trace) -> list[Finding]:
@@ -118,10 +206,18 @@ def scanned(outputs: list[Output], trace: Trace) -> list[Finding]:
         + (f", growing {times:.2g} times from the first frames to the last." if in_time else "."),
         "A recurrence without a bound and without normalisation grows exponentially with the utterance." if in_time
         else "Nothing keeps the scale between the layers; the next step may be infinite.",
-        {"largest output": first.largest, "modules above 1e4": [o.name for o in large][:8]},
+        {"largest output": first.largest, "seen at step": trace.last_step + 1, "modules above 1e4": [o.name for o in large][:8]},
         [f"a bounded or gated recurrence in {first.name}" if in_time else f"a normalisation before {first.name}",
          f"a lower {trace.key('model.optim.lr')} only delays it"], 0.8 if in_time else 0.6, where=first.name,
          plots=plots)]
+
+
+def follow_rate(findings: list[Finding]) -> list[Finding]:
+    """Findings, with outputs that grew large only in training as what a learning rate that is too high has made."""
+    if not any(f.id == "lr-too-high" and f.weight == "prevents" for f in findings):
+        return findings
+    return [replace(f, weight="note", symptom=f"{f.symptom} This follows from lr-too-high: mend that first.")
+            if f.id == "explodes" and f.evidence.get("seen at step", 1) > 1 else f for f in findings]
 
 
 PROBES = ("outputs", "lengths", "invariance", "locality", "labels", "loss", "gradients", "depth", "features")
@@ -129,8 +225,6 @@ PROBES = ("outputs", "lengths", "invariance", "locality", "labels", "loss", "gra
 
 def probe_model(model, report: Report, seconds: float = 30.0) -> Report:
     """The report with what the probes of `check` find in the live model, which is left as it was; causes come first."""
-    from dataclasses import replace
-
     from tools.doctor.engine import examine
 
     try:
@@ -152,13 +246,16 @@ def probe_model(model, report: Report, seconds: float = 30.0) -> Report:
                   [*report.not_examined, *probed.not_examined])
 
 
-def save(folder: Path | None, report: Report, trace: Trace, trainer) -> None:
-    """Writes `<folder>/doctor/report.json`, `.html` and `curve.csv`; other ranks write theirs where they found
-    something."""
+def save(folder: Path | None, report: Report, trace: Trace, trainer, alone: bool = False) -> None:
+    """Writes `<folder>/doctor/report.json`, `.html` and `curve.csv`, at rank 0.
+
+    `alone`: the run has ended in an error, and rank 0 may never hear of it: another rank then writes
+    `report-rank<n>.json` where it has found what prevents learning.
+    """
     from tools.doctor.html import write
 
     suffix = "" if trainer.is_global_zero else f"-rank{trainer.global_rank}"
-    if folder is None or suffix and not report.findings:
+    if folder is None or suffix and not (alone and report.of_weight("prevents")):
         return
     try:
         if not suffix:

@@ -10,6 +10,7 @@ from tools.doctor.registry import NotExamined, check
 STRETCHES = 10
 LONGER = (320, 1600, 3200)  # frames to ask again with before a verdict
 IN_ORDER, OUT_OF_ORDER = 0.75, 0.45  # correlation of where the input changed and where the output did
+AT_HOME, ABROAD = 0.6, 0.4  # influence of a frame's own stretch of input, relative to that of the strongest stretch
 
 
 def influence(probe, x, lengths):
@@ -43,6 +44,15 @@ def order(moves) -> tuple[float, list[float]]:
     return (float((a * b).sum()) / bound if float(b.std()) > 1e-3 and bound > 0 else 0.0), place.tolist()
 
 
+def at_distance(moves) -> list[float]:
+    """Mean influence, 0 to 1 of a frame's strongest, of the stretches that lie 0, 1, 2 ... stretches from the frame."""
+    stretches, frames = moves.shape
+    share = moves.double() / moves.double().amax(dim=0, keepdim=True).clamp(min=1e-30)
+    own = ((torch.arange(frames, device=moves.device) + 0.5) * stretches / frames).long()
+    away = (torch.arange(stretches, device=moves.device)[:, None] - own[None]).abs()
+    return [float(share[away == distance].mean()) for distance in range(stretches)]
+
+
 @check("locality", faults=("time-scrambled",), needs=("model",))
 def time_is_kept(subject):
     """What changes at a time of the input changes the output at that time."""
@@ -60,19 +70,23 @@ def time_is_kept(subject):
         if moves.shape[1] < 8:
             raise NotExamined(f"only {moves.shape[1]} output frames for {x.shape[2]} of the input")
         together, place = order(moves)
-        if together > IN_ORDER:
-            return
-        if together > OUT_OF_ORDER:
+        heard = at_distance(moves)
+        if together > OUT_OF_ORDER and heard[0] > AT_HOME:
             return
         # A stack of wide convolutions (QuartzNet 15x5) blurs three seconds altogether, and keeps the order of ten.
         longer = {}
         for size in LONGER:
             noise, _ = probe.made_up_features([size], seed=5)
-            longer[size], _ = order(influence(probe, noise, torch.tensor([size], device=noise.device)))
-            if longer[size] > IN_ORDER:
+            moves = influence(probe, noise, torch.tensor([size], device=noise.device))
+            longer[size], _ = order(moves)
+            far = at_distance(moves)
+            if longer[size] > IN_ORDER and far[0] > AT_HOME:
                 return
             if together < -0.6 and longer[size] < -0.6 or subject.seconds_left() < 10:
                 break
+    if together > OUT_OF_ORDER:
+        yield from _laid_over(heard, far, size)
+        return
     flipped = together < -0.6
     blurred = float(torch.tensor(place).std()) < 0.05
     yield Finding(
@@ -100,4 +114,28 @@ def time_is_kept(subject):
         plots=[Plot("Where each output frame looks", "output frame / all", "input time / all",
                     {"seen": ([(i + 0.5) / len(place) for i in range(len(place))], place),
                      "right": ([0.0, 1.0], [0.0, 1.0])})],
+    )
+
+
+def _laid_over(heard: list[float], far: list[float], frames: int):
+    """A finding where frames are in order and yet hear other times as much as their own, however long the input."""
+    if heard[0] > ABROAD or far[0] > ABROAD or max(far[2:8]) < far[0]:
+        return  # blurred, not elsewhere
+    distance = max(range(2, 8), key=lambda d: far[d])
+    yield Finding(
+        "time-scrambled",
+        "prevents",
+        f"An output frame hears its own time less ({far[0]:.2f} of the strongest) than times that lie "
+        f"{distance / STRETCHES:.0%} of the utterance away ({far[distance]:.2f}), in {frames} frames as in a few.",
+        "Stretches of the utterance are laid over each other: frames are stacked by a view of (B, D, T), which takes "
+        "values of one feature for neighbours in time. CTC needs frames that hear their own time.",
+        {"influence by distance, in tenths of the utterance": [round(value, 3) for value in heard],
+         f"with {frames} frames": [round(value, 3) for value in far]},
+        ["stack frames of (B, T, D): x.transpose(1, 2) first, then reshape to (B, T / n, n * D)"],
+        0.9,
+        where="encoder",
+        plots=[Plot("What an output frame hears", "distance / length of the utterance", "share of the strongest",
+                    {"this input": ([d / STRETCHES for d in range(STRETCHES)], heard),
+                     f"{frames} frames": ([d / STRETCHES for d in range(STRETCHES)], far)},
+                    "right is 1 at distance 0 and little elsewhere")],
     )

@@ -145,15 +145,13 @@ def training_step_uses_it(subject):
     expected = reductions(feasible, sizes)
     own = float(step.loss.detach())
     nearest = min(expected, key=lambda name: abs(expected[name] - own))
-    if abs(expected[nearest] - own) <= 2 * TOLERANCE * abs(expected[nearest]) or step.extra:
-        return
     given = step.given
-    wrong = []
-    if given is not None:
-        for name, seen, true in zip(("log-probs", "targets", "input lengths", "target lengths"), given,
-                                    (out, targets, frames, sizes)):
-            if seen.shape != true.shape or float((seen.double().cpu() - true.double().cpu()).abs().max()) > 1e-3:
-                wrong.append(name)
+    wrong = [] if given is None else _otherwise(given, (out, targets, frames, sizes))
+    if step.extra or abs(expected[nearest] - own) <= 2 * TOLERANCE * abs(expected[nearest]):
+        # A fresh model's loss hardly tells right targets from wrong ones: what it was given does.
+        wrong = [name for name in wrong if name != "log-probs"]
+        if not wrong or step.extra:
+            return
     # NeMo's loss on the right inputs, and then something on top: an auxiliary term or a scale that may be meant.
     on_top = given is not None and not wrong and own > 0 and 0.2 < own / max(expected[nearest], 1e-9) < 5
     yield Finding(
@@ -171,6 +169,25 @@ def training_step_uses_it(subject):
         0.6 if on_top else 0.9,
         where="training_step",
     )
+
+
+def _otherwise(given, truth) -> list[str]:
+    """Which of log-probs, targets, input lengths, target lengths are not the true ones; padding does not count."""
+    (out, targets, frames, sizes), (true_out, true_targets, true_frames, true_sizes) = given, truth
+
+    def same(a: Tensor, b: Tensor) -> bool:
+        return a.shape == b.shape and float((a.double().cpu() - b.double().cpu()).abs().max()) <= 1e-3
+
+    wrong = [] if same(out, true_out) else ["log-probs"]
+    rows = list(zip(true_targets.tolist(), true_sizes.tolist()))
+    if targets.dim() == 1:  # all in one row, without padding
+        right = targets.tolist() == [t for row, size in rows for t in row[:size]]
+    else:
+        right = len(targets) == len(rows) and all(
+            seen[:size] == row[:size] for seen, (row, size) in zip(targets.tolist(), rows))
+    wrong += [] if right else ["targets"]
+    wrong += [] if same(frames.reshape(-1), true_frames) else ["input lengths"]
+    return wrong + ([] if same(sizes.reshape(-1), true_sizes) else ["target lengths"])
 
 
 class TrainingStep:

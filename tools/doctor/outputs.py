@@ -155,6 +155,35 @@ def _sharpest(probe, x, lengths) -> float | None:
     return float(out.exp().amax(dim=2).flatten().median())
 
 
+@check("outputs", faults=("batch-leak",), needs=("model",))
+def nothing_is_carried_over(subject):
+    """The batch before does not change the outputs."""
+    probe = subject.probe
+    with untouched(probe.model), torch.no_grad():
+        probe.model.eval()
+        x, lengths = probe.features()
+        other = probe.made_up_features([x.shape[2]] * len(x), seed=9)[0] * float(x.std())
+        found = []
+        for before in (other, other.flip(2) * 3):
+            torch.manual_seed(1)
+            probe.forward(before, lengths)
+            torch.manual_seed(1)
+            found.append(probe.forward(x, lengths)[0])
+    one, two = found
+    if one.shape != two.shape or not bool(torch.isfinite(one).all() & torch.isfinite(two).all()):
+        raise NotExamined("outputs are not finite")
+    change = relative(one - two, one)
+    if change > 2e-3:
+        yield Finding(
+            "batch-leak", "prevents",
+            f"With another batch before it, the same batch gets outputs that differ by {change:.0%} of their spread.",
+            "Something is kept from one call of forward to the next: the state of a recurrence, an average that is "
+            "updated in evaluation too. What is learned hangs on what came before.",
+            {"relative change": change},
+            ["begin each batch with a state of zeros: nn.GRU(x) without a second argument"], 0.95, where="encoder",
+        )
+
+
 @check("outputs", faults=("train-eval-differ",), needs=("model",))
 def outputs_repeat(subject):
     """The same input gives the same output in eval mode."""
@@ -168,12 +197,20 @@ def outputs_repeat(subject):
         torch.manual_seed(2)
         two = probe.forward(x, lengths)[0]
         again = trace(probe.model, lambda: probe.forward(x, lengths))
+        heard = []
+        for seed in (1, 2):
+            torch.manual_seed(seed)
+            audio, samples = probe.audio_batch(probe.items())
+            heard.append(probe.model.forward(input_signal=audio, input_signal_length=samples)[0].float())
     if not bool(torch.isfinite(one).all()):
         raise NotExamined("outputs are not finite")
     change = relative(one - two, one) if one.shape == two.shape else 1.0
+    if change <= 1e-3 and heard[0].shape == heard[1].shape:
+        change, steps = relative(heard[0] - heard[1], heard[0]), []
     if change > 1e-3:
         found = first_difference(steps, again, 1e-4)
         name = ("before " if found and found[2] else "") + describe(found[0]) if found else "code between modules"
+        name = name if steps else "between the audio and the encoder"
         yield Finding(
             "train-eval-differ", "warning",
             f"In eval mode the same input gives outputs that differ by {change:.0%} of their spread from one time to "

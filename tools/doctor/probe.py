@@ -34,7 +34,8 @@ def untouched(model: nn.Module) -> Iterator[None]:
     buffers = [(module, name, buffer, None if buffer is None else buffer.clone())
                for module in model.modules() for name, buffer in module._buffers.items()]
     modes = [(module, module.training) for module in model.modules()]
-    plain = [(module, {k: v for k, v in vars(module).items() if isinstance(v, (int, float, str, bool, type(None)))})
+    plain = [(module, {k: v for k, v in vars(module).items()
+                       if isinstance(v, (int, float, str, bool, type(None), Tensor))}, set(vars(module)))
              for module in model.modules()]
     held = {name: vars(model).get(name) for name in HELD}
     held["infeasible_seen"] = set(held["infeasible_seen"]) if held["infeasible_seen"] is not None else None
@@ -58,9 +59,11 @@ def untouched(model: nn.Module) -> Iterator[None]:
                     # A buffer that grew (positional encodings) is put back whole.
                     buffer.copy_(value) if buffer.shape == value.shape else buffer.set_(value)
                 module._buffers[name] = buffer
-        for module, values in plain:
+        for module, values, names in plain:
             for name, value in values.items():
                 object.__setattr__(module, name, value) if vars(module).get(name, value) is not value else None
+            for name in [name for name, value in vars(module).items() if name not in names and keeps_tensors(value)]:
+                object.__delattr__(module, name)  # a state that is kept from call to call
         for module, mode in modes:
             module.training = mode
         for name, value in held.items():
@@ -71,6 +74,13 @@ def untouched(model: nn.Module) -> Iterator[None]:
         torch.set_rng_state(state[2])
         if cuda is not None:
             torch.cuda.set_rng_state_all(cuda)
+
+
+def keeps_tensors(value) -> bool:
+    """Whether a value is a tensor, or holds nothing else."""
+    if isinstance(value, (tuple, list)):
+        return bool(value) and all(keeps_tensors(item) for item in value)
+    return isinstance(value, Tensor)
 
 
 @dataclass

@@ -13,6 +13,8 @@ from tools.doctor.trace import EARLY_STEPS, OVER_STEPS, Trace, shape, still_risi
 TINY_UPDATE, HUGE_UPDATE = 1e-6, 0.1  # of the weights' size in one step, as a rule
 LEAP = 0.5  # and once, among the first
 HIGH_RATE = 2e-2  # of an Adam whose run is stuck
+NO_RATE = 0.05  # of an Adam: nothing trains at it, whatever the model
+ROSE = 1.5  # loss at the end by loss at the start, of a run that has only become worse
 
 
 def learning_rate(trace: Trace) -> list[Finding]:
@@ -64,10 +66,20 @@ def _too_high(trace: Trace, curve, rates, updates, plots) -> list[Finding]:
     if curve.lost:
         return _lost_to_rate(trace, curve, rates, plots)
     after = trace.last_step - (trace.warmup or 0)
-    if not curve.stuck or after < 50:
-        return []
     peak = max((v for _, v in rates), default=0.0)
     adaptive = "adam" in (trace.optimizer or "adam").lower()
+    if curve.stuck and curve.last > 2 * curve.level and trace.last_step >= 20:
+        rose = curve.last > ROSE * curve.first
+        leaps = len(updates) >= 3 and max(updates) > LEAP
+        if adaptive and peak >= NO_RATE or rose and leaps:
+            what = (f"the rate is {peak:.2g}, and the loss went from {curve.first:.3g} to {curve.last:.3g}, far above "
+                    f"the {curve.level:.3g} of predicting letters without listening")
+            evidence = {"loss at the start": curve.first, "loss at the end": curve.last,
+                        "level of letters alone": curve.level,
+                        "largest relative update": max(updates, default=None)}
+            return [lr_too_high(trace, what, evidence, plots, 0.95 if adaptive and peak >= NO_RATE else 0.8)]
+    if not curve.stuck or after < 50:
+        return []
     late = updates[len(updates) // 2:]
     stays = f"the loss stays at {curve.last:.3g}"
     evidence = {"loss at the end": curve.last, "level of letters alone": curve.level}

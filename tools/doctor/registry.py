@@ -40,6 +40,7 @@ FAMILIES: dict[str, tuple[str, tuple[str, ...]]] = {
     "invariance": ("tools.doctor.invariance", ("model",)),
     "depth": ("tools.doctor.depth", ("model",)),
     "heard": ("tools.doctor.heard", ("model",)),
+    "loader": ("tools.doctor.delivered", ("model",)),
     "run": ("tools.doctor.run", ("run",)),
     "metrics": ("tools.doctor.metrics", ("run",)),
 }

@@ -45,6 +45,8 @@ def progress(trace: Trace) -> list[Finding]:
     after = curve.last_step - (trace.warmup or 0)
     over = trace.ended and trace.planned is not None and trace.last_step >= 0.98 * trace.planned
     causes = causes_of(trace)
+    if curve.last > 1.5 * curve.first and curve.last > 2 * curve.level and curve.last_step >= 20:
+        return [_only_worse(curve, causes, outputs, plots)]
     if after < EARLY_STEPS and not causes and not (over and curve.last_step >= 1.5 * EARLY_STEPS):
         return [Finding(
             "run-early", "note",
@@ -84,6 +86,17 @@ def progress(trace: Trace) -> list[Finding]:
         f"predicting letters without listening ({curve.level:.3g}).{follows}",
         "Not even how often letters occur has been learned." if above else
         "The model has learned how often letters occur and nothing of the audio.", outputs, general, 0.6, plots=plots)]
+
+
+def _only_worse(curve, causes: list[str], outputs: dict, plots) -> Finding:
+    return Finding(
+        "run-diverged", "note" if causes else "prevents" if curve.last_step >= 50 else "warning",
+        f"The loss began at {curve.first:.3g} and is {curve.last:.3g} at step {curve.last_step}: it has only become "
+        f"worse." + (f" This follows from {', '.join(causes)}." if causes else ""),
+        "Steps go away from the minimum: they are too large, or the sign of the loss or of the gradient is turned "
+        "round.", {"loss at the start": curve.first, **outputs},
+        ["a tenth of the learning rate", "python -m tools.doctor check on the same configuration: the loss that is "
+         "minimised is compared with CTC's"], 0.8, plots=plots)
 
 
 def causes_of(trace: Trace) -> list[str]:

@@ -186,6 +186,13 @@ def peak_rate(subject):
                "With a short warm-up Noam's multiplier means a high rate." if noam else ""),
             confidence=0.95 if p.peak >= far else 0.7,
             fix=[f"{key}={unit(min(high / 5, 2e-3) if high <= 0.01 else high / 10)}"], **common)
+    elif p.min_lr > p.peak:
+        yield Finding(
+            "lr-too-low", "prevents",
+            f"The schedule's floor, min_lr={p.min_lr:g}, is above the rate, which peaks at {p.peak:.3g}.",
+            "NeMo's schedules refuse that with an error once the warm-up is over; others jump up to the floor.",
+            confidence=0.95, fix=[f"{s.key('model.optim.sched.min_lr')}={p.peak / 100:.2g}, or the rate that was meant "
+                                  f"as {key}"], **common)
     elif p.peak < low and not started:
         yield Finding(
             "lr-too-low", "prevents" if p.peak < low / 10 else "warning",

@@ -134,6 +134,18 @@ class Subject:
             self._model_failed = True
             self.findings.append(error.finding)
 
+    def open_model_of_run(self) -> str | None:
+        """Builds the model of a run's configuration anew; says why where that cannot be done, which is no fault."""
+        from tools.doctor.opening import ModelUnreadable, open_model
+
+        if self.run is None or self.settings is None or not self.settings.builds_model:
+            return "no configuration in its folder says how it is built"
+        try:
+            self._probe = open_model(self)
+        except ModelUnreadable as error:  # it was built once, where its code and its tokenizer are
+            return error.finding.symptom
+        return None
+
     def _unreadable(self, symptom: str, where: str, fix: list[str]) -> None:
         self.findings.append(
             Finding("input-unreadable", "prevents", symptom, "It is not there, or not of the kind that was expected.",

@@ -59,6 +59,34 @@ def labels_are_sound(subject):
                            {"unused": unused}, [f"{key}: leave them out"], 0.5, key)
 
 
+@check("tokenizer", faults=("label-order",), needs=("config",))
+def labels_in_one_order(subject):
+    """The data sets number the labels as the decoder does."""
+    s = subject.settings
+    vocabulary = subject.labels
+    if s.get("model.tokenizer") is not None or not vocabulary:
+        raise NotExamined("the model has no character labels")
+    for section in ("train_ds", "validation_ds"):
+        # NeMo's loader takes its own section's labels where there are any, and only warns that they differ.
+        given = s.get(f"model.{section}.labels") or s.get("model.labels")
+        labels = [str(label) for label in given] if given else vocabulary
+        off = [i for i, (a, b) in enumerate(zip(labels, vocabulary)) if a != b]
+        if not off:
+            continue
+        key = s.key(f"model.{section}.labels")
+        train = section == "train_ds"
+        yield Finding(
+            "label-order", "prevents" if train else "warning",
+            f"{key} counts {len(off)} of {len(vocabulary)} labels otherwise than the decoder: index {off[0]} is "
+            f"{labels[off[0]]!r} in the targets and {vocabulary[off[0]]!r} in what is printed.",
+            "The model learns well, by the targets' numbers, and prints a cipher: the loss is good and every word is "
+            "wrong." if train else "Validation counts errors that are none: its loss and its error rate are those of "
+                                   "other texts.",
+            {"labels that differ": len(off), "in the data set": labels[:32], "in the decoder": vocabulary[:32]},
+            [f"one list for all: {key}=${{model.labels}} {s.key('model.decoder.vocabulary')}=${{model.labels}}"],
+            0.95, where=key)
+
+
 @check("tokenizer", faults=("tokenizer-vocabulary", "data-upper-case"), needs=("config", "manifests"))
 def tokens_cover_texts(subject):
     """The tokenizer is there, spells the texts, and its tokens are used often enough to be learned."""

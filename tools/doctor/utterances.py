@@ -93,8 +93,31 @@ def labels_of(model) -> list[str]:
     return []
 
 
+def rate_of(model) -> int:
+    """Samples a second of the audio that the model takes."""
+    return int(getattr(getattr(model, "preprocessor", None), "_sample_rate", None) or 16000)
+
+
+def note_infeasible(trace, recent, need, room, names: list[str]) -> None:
+    """Counts rows of a batch that need more frames than there are, each utterance once; keeps the first twenty.
+
+    Args:
+        trace: trace.Trace to write to.
+        recent: names counted lately (a deque).
+        need, room: frames (B).
+        names: of the rows, [] where they are not asked for any more.
+    """
+    for row in (need > room).nonzero().flatten().tolist():
+        name = names[row] if row < len(names) else f"step {trace.last_step} row {row}"
+        if name not in recent:
+            recent.append(name)
+            trace.infeasible_seen += 1
+            if len(trace.infeasible) < 20:
+                trace.infeasible[name] = (int(need[row]), int(room[row]))
+
+
 def _seconds(batch, model) -> list[float]:
-    rate = getattr(getattr(model, "preprocessor", None), "_sample_rate", None) or 16000
+    rate = rate_of(model)
     lengths = batch[1] if isinstance(batch, (list, tuple)) and len(batch) > 1 else None
     return [n / rate for n in lengths.tolist()] if hasattr(lengths, "tolist") else []
 

@@ -10,6 +10,7 @@ from tests.tools.doctor.setups.tones import LABELS, RATE
 
 HERE = "tests.tools.doctor.setups.encoders"
 FEATURES = 32
+LIVE_WARMUP = 5  # steps, of models that are trained for 40 to 100; a written recipe has 1000 steps and 50 of warm-up
 
 
 def preprocessor(**more) -> dict:
@@ -91,13 +92,14 @@ def section(encoder: str | dict = "rnn", manifests: dict | None = None, **more) 
     built = ENCODERS[encoder]() if isinstance(encoder, str) else dict(encoder)
     width = WIDTHS.get(encoder) if isinstance(encoder, str) else more.pop("width", 48)
     config = {"sample_rate": RATE, "labels": list(LABELS), "preprocessor": preprocessor(), "encoder": built,
-              "decoder": decoder(width), "optim": optim(), "decoding": {"strategy": "greedy_batch"},
-              **datasets(manifests)}
+              "decoder": decoder(width), "optim": optim(sched={"warmup_steps": LIVE_WARMUP}),
+              "decoding": {"strategy": "greedy_batch"}, **datasets(manifests)}
     return {**config, **more}
 
 
 def recipe(encoder: str | dict = "rnn", manifests: dict | None = None, trainer_=None, **more) -> dict:
     """A whole configuration, `name`, `model`, `trainer`, as NeMo's training scripts read it."""
+    more = {"optim": optim(), **more}
     return {"name": "mine", "model": section(encoder, manifests, **more), "trainer": trainer(**(trainer_ or {}))}
 
 

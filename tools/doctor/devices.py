@@ -1,0 +1,68 @@
+"""A run on several devices: one report, by rank 0, with what the other ranks have found."""
+
+from __future__ import annotations
+
+import logging
+
+from tools.doctor.finding import Finding, Report
+from tools.doctor.trace import Trace
+
+log = logging.getLogger("doctor")
+
+
+def together(trainer) -> bool:
+    """Whether this run has several ranks that can speak to each other."""
+    import torch.distributed as dist
+
+    return trainer.world_size > 1 and dist.is_available() and dist.is_initialized()
+
+
+def facts(trace: Trace, findings: list[Finding], cost: float) -> dict:
+    """What a rank tells the others: plain values, some kilobytes."""
+    told = [finding for finding in findings if finding.weight != "note"]
+    return {
+        "findings": Report(told).to_dict()["findings"],
+        "utterances_seen": trace.utterances_seen,
+        "infeasible": dict(trace.infeasible),
+        "infeasible_seen": trace.infeasible_seen,
+        "cost": cost,
+    }
+
+
+def gather(trainer, own: dict) -> list[dict]:
+    """The facts of all ranks, in their order, at every rank. Each rank must call it, once, at the same place."""
+    import torch.distributed as dist
+
+    every: list = [None] * trainer.world_size
+    try:
+        dist.all_gather_object(every, own)
+    except Exception as error:  # a rank that is gone: the report must not be lost for it
+        log.warning("doctor: the other ranks cannot be asked: %s: %s", type(error).__name__, str(error)[:200])
+        return [own]
+    return every
+
+
+def count_together(trace: Trace, every: list[dict], rank: int) -> None:
+    """Adds what the other ranks have counted to a trace."""
+    for other, told in enumerate(every):
+        if other == rank:
+            continue
+        trace.utterances_seen += told["utterances_seen"]
+        trace.infeasible_seen += told["infeasible_seen"]
+        for name, room in told["infeasible"].items():
+            if len(trace.infeasible) < 20:
+                trace.infeasible.setdefault(name, tuple(room))
+
+
+def seen_elsewhere(every: list[dict], rank: int, known: set[str]) -> list[Finding]:
+    """Findings of other ranks of which this one knows nothing, each once, with the rank in its evidence."""
+    found: dict[str, Finding] = {}
+    for other, told in enumerate(every):
+        if other == rank:
+            continue
+        for finding in Report.from_dict({"findings": told["findings"], "examined": [], "ruled_out": [],
+                                         "not_examined": []}).findings:
+            if finding.id not in known and finding.id not in found:
+                finding.evidence = {"seen on device": other, **finding.evidence}
+                found[finding.id] = finding
+    return list(found.values())
