@@ -54,7 +54,7 @@ def collect(exp: Path, out: Path, part_size: int, files: int, weights: bool = Tr
             continue
         used += cost
         chosen.append((name, data))
-    writer = PartWriter(out, STEM, part_size, fill=True)
+    writer = PartWriter(out, STEM, part_size)
     for name, data in chosen:
         writer.add(name, data)
     index = writer.finish(left_out=left)

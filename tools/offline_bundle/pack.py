@@ -4,9 +4,12 @@ from __future__ import annotations
 
 import gzip
 import io
+import re
 import subprocess
+import tarfile
 from argparse import Namespace
 from pathlib import Path
+from typing import NamedTuple
 
 from tools.offline_bundle import corpora
 from tools.offline_bundle.parts import BundleError, PartWriter, parse_size, show_size
@@ -18,16 +21,25 @@ except ModuleNotFoundError:  # Python 3.10
 
 ROOT = Path(__file__).resolve().parent.parent.parent
 STEM = "bundle"
-# What runs on the node before anything is installed, from inside the first part. Standard library only.
-ON_NODE = (
-    "manifests/__init__.py", "manifests/schema.py", "tools/__init__.py",
-    *(f"tools/offline_bundle/{name}.py" for name in ("__init__", "__main__", "collect", "node", "parts")),
-)
+# What runs on the node before anything is installed, from inside the first part. The modules that it really loads
+# (__main__, node, parts, collect and manifests.schema with what that imports) need the standard library only.
+ON_NODE = re.compile(r"manifests/\w+\.py|tools/__init__\.py|tools/offline_bundle/\w+\.py")
+NEEDS = ("pyproject.toml", "requirements.lock")
 MAIN = "import sys\n\nfrom tools.offline_bundle.__main__ import main\n\nsys.exit(main())\n"
 
 
-def project_archive(root: Path, rev: str = "HEAD") -> tuple[bytes, str, int]:
-    """(tar.gz of the tracked files at `rev`, its commit, how many tracked files differ from it). Raises BundleError."""
+class Project(NamedTuple):
+    """The tracked files at a commit as tar.gz, some of them by name, and how many files differ from it here."""
+
+    archive: bytes
+    on_node: dict[str, bytes]
+    needs: dict[str, str]
+    commit: str
+    changed: int
+
+
+def read_project(root: Path, rev: str = "HEAD") -> Project:
+    """What of the project travels. Raises BundleError where git cannot say."""
     def git(*arguments: str) -> bytes:
         done = subprocess.run(["git", "-C", str(root), *arguments], capture_output=True)
         if done.returncode:
@@ -37,16 +49,21 @@ def project_archive(root: Path, rev: str = "HEAD") -> tuple[bytes, str, int]:
 
     commit = git("rev-parse", "--short=12", f"{rev}^{{commit}}").decode().strip()
     changed = git("status", "--porcelain", "--untracked-files=no").splitlines() if rev == "HEAD" else []
-    packed = io.BytesIO()
+    archive, packed = git("archive", "--format=tar", rev), io.BytesIO()
     with gzip.GzipFile(fileobj=packed, mode="wb", mtime=0) as file:  # the same commit is the same part
-        file.write(git("archive", "--format=tar", rev))
-    return packed.getvalue(), commit, len(changed)
+        file.write(archive)
+    with tarfile.open(fileobj=io.BytesIO(archive)) as tar:
+        names = [name for name in tar.getnames() if name in NEEDS or ON_NODE.fullmatch(name)]
+        read = {name: tar.extractfile(name).read() for name in names}
+    if absent := [name for name in NEEDS if name not in read]:
+        raise BundleError(f"{root} at {commit}: no {absent[0]}: what runs there cannot be told")
+    needs = {name: read.pop(name).decode() for name in NEEDS}
+    return Project(packed.getvalue(), read, needs, commit, len(changed))
 
 
-def requirements(root: Path) -> list[str]:
-    """What pyproject.toml needs to run, any version of torch: the node's own is used."""
-    with open(root / "pyproject.toml", "rb") as file:
-        listed = tomllib.load(file)["project"]["dependencies"]
+def requirements(pyproject: str) -> list[str]:
+    """What a pyproject.toml needs to run, any version of torch: the node's own is used."""
+    listed = tomllib.loads(pyproject)["project"]["dependencies"]
     return ["torch" if item.split("=")[0].strip() == "torch" else item for item in listed]
 
 
@@ -69,18 +86,19 @@ def pack(args: Namespace, root: Path = ROOT, fetch=None) -> dict:
     part_size, work = parse_size(args.part_size), args.work.expanduser()
     target = wheel.parse_target(args.python, args.platform)
     wanted = corpora.parse_corpora(args.corpus)
-    archive, commit, changed = project_archive(root, args.rev)
-    say(f"project    {show_size(len(archive))}, commit {commit}")
-    if changed:
-        say(f"           note: {changed} tracked files differ from {commit}; what is packed is the commit")
+    project = read_project(root, args.rev)
+    say(f"project    {show_size(len(project.archive))}, commit {project.commit}")
+    if project.changed:
+        say(f"           note: {project.changed} tracked files differ from the commit; what is packed is the commit")
     packages: list[Path] | None = None
+    roots = requirements(project.needs["pyproject.toml"])
     replaced: dict[str, str] = {}
     left_out = [*wheel.LEFT_OUT, *args.without]
     if not args.no_wheels:
         has = wheel.read_has(args.has, target)
         folder = work / "wheels" / f"{args.python}-{target.platform}"
-        resolved = wheel.resolve(requirements(root), root / "requirements.lock", has, target, folder, left_out,
-                                 report=lambda line: say(f"           {line}"), **({"fetch": fetch} if fetch else {}))
+        resolved = wheel.resolve(roots, project.needs["requirements.lock"], has, target, folder, left_out,
+                                 report=lambda line: say(f"           {line}"), fetch=fetch or wheel.download)
         packages = sorted([*resolved.wheels.values(), wheel.pip_wheel(folder)])
         replaced = resolved.replaced
         total = sum(path.stat().st_size for path in packages)
@@ -95,9 +113,9 @@ def pack(args: Namespace, root: Path = ROOT, fetch=None) -> dict:
 
     writer = PartWriter(args.out, STEM, part_size, runnable=True)
     writer.add("__main__.py", MAIN.encode())
-    for name in ON_NODE:
-        writer.add(name, root / name)
-    writer.add("project.tar.gz", archive)
+    for name, data in project.on_node.items():
+        writer.add(name, data)
+    writer.add("project.tar.gz", project.archive)
     for path in packages or []:
         writer.add(f"wheels/{path.name}", path)
     summary = {}
@@ -113,9 +131,9 @@ def pack(args: Namespace, root: Path = ROOT, fetch=None) -> dict:
         say(f"{corpus.name:<10} {show_size(size)}, {hours:.2f} h as {kind} ({why}): "
             + ", ".join(f"{split} {count}" for split, count in utterances.items()))
     index = writer.finish(
-        commit=commit, python=args.python, platform=target.platform, glibc=list(target.glibc), corpora=summary,
+        commit=project.commit, python=args.python, platform=target.platform, glibc=list(target.glibc), corpora=summary,
         wheels=None if packages is None else [path.name for path in packages],
-        requires=requirements(root), left_out=left_out,
+        requires=roots, left_out=left_out,
     )
     for part in index["parts"]:
         say(f"{part['name']}  {show_size(part['bytes']):>9}  {part['files']:>5} files  sha256 {part['sha256'][:16]}...")

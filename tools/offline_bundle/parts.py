@@ -1,8 +1,8 @@
 """Files into parts of a given size and back: zip files that any tool opens, with an index of checksums.
 
 A part is a complete zip of its own, so parts can arrive one at a time, in any order, and be unpacked as they come. A
-file larger than a part is cut into pieces, which are joined when all are there. The same files give the same parts,
-byte for byte: a part whose checksum has not changed need not be carried again. Standard library only.
+file that crosses the end of a part is cut into pieces, which are joined when all are there. The same files give the
+same parts, byte for byte: a part whose checksum has not changed need not be carried again. Standard library only.
 """
 
 from __future__ import annotations
@@ -69,15 +69,14 @@ class PartWriter:
     """Writes files into OUT/<stem>-001.zip and on, each of at most `part_size` bytes, then OUT/<stem>.json.
 
     Nothing is under its final name before it is whole; the index comes last, and parts that it does not name are
-    removed. The first part can be made runnable: its name then ends in .pyz, and it holds a __main__.py. With `fill`
-    any file is cut where a part ends, so that all parts but the last are full.
+    removed. The first part can be made runnable: its name then ends in .pyz, and it holds a __main__.py. A file is
+    cut where a part ends, so that all parts but the last (and those before a `new_part`) are full.
     """
 
-    def __init__(self, out: Path, stem: str, part_size: int, runnable: bool = False,
-                 fill: bool = False):
+    def __init__(self, out: Path, stem: str, part_size: int, runnable: bool = False):
         if part_size < 4096:
             raise BundleError(f"parts of {part_size} bytes are too small: give 4 KiB at least, best some MiB")
-        self.out, self.stem, self.part_size, self.runnable, self.fill = out, stem, part_size, runnable, fill
+        self.out, self.stem, self.part_size, self.runnable = out, stem, part_size, runnable
         self.parts: list[dict] = []
         self.joined: dict[str, int] = {}
         self.names: set[str] = set()
@@ -96,13 +95,13 @@ class PartWriter:
         room = self.part_size - END_BYTES - overhead
         if room < LEAST_PIECE:
             raise BundleError(f"{name}: no part of {self.part_size} bytes can hold it: make parts larger")
-        left = self.part_size - self._used - overhead if self._zip is not None else room
-        if size <= (left if self.fill else room):
+        left = room if self._zip is None else self.part_size - self._used - overhead
+        if size <= left or (left < LEAST_PIECE and size <= room):
             self._put(name, data if isinstance(data, bytes) else data.read_bytes())
             return
         pieces = 0
         with io.BytesIO(data) if isinstance(data, bytes) else open(data, "rb") as file:
-            while block := file.read(left if self.fill and left >= LEAST_PIECE else room):
+            while block := file.read(left if left >= LEAST_PIECE else room):
                 pieces += 1
                 self._put(f"{name}.piece-{pieces:04d}", block)
                 left = self.part_size - self._used - overhead

@@ -6,9 +6,11 @@ what the node has in a version that will do, and at what is left out. Versions a
 
 from __future__ import annotations
 
+import ensurepip
 import json
 import os
 import re
+import shutil
 import subprocess
 import sys
 import tempfile
@@ -26,7 +28,7 @@ from tools.offline_bundle.parts import BundleError, sha256
 
 # wandb needs its server, the synthesizer's corpus travels as audio.
 LEFT_OUT = ("wandb", "espeakng-loader")
-PIP = "pip"  # travels too: a node's Python may come without it
+PIP_FOR_3_12 = Version("23.2")  # the first that runs on Python 3.12
 
 
 class Target(NamedTuple):
@@ -158,11 +160,10 @@ def applying(requires: list[str], extras: set[str], target: Target) -> list[Requ
     return found
 
 
-def read_lock(path: Path, target: Target) -> dict[str, tuple[str, list[str]]]:
-    """Canonical name to (version, hashes) of what the lock holds for the target."""
+def read_lock(text: str, target: Target) -> dict[str, tuple[str, list[str]]]:
+    """Canonical name to (version, hashes) of what a lock's text holds for the target."""
     lock: dict[str, tuple[str, list[str]]] = {}
-    text = path.read_text().replace("\\\n", " ")
-    for line in text.splitlines():
+    for line in text.replace("\\\n", " ").splitlines():
         if not line.strip() or line.startswith("#"):
             continue
         pinned, *hashes = line.split("--hash=")
@@ -181,14 +182,14 @@ class Resolved(NamedTuple):
     replaced: dict[str, str]
 
 
-def resolve(roots: list[str], lock_path: Path, has: Has, target: Target, folder: Path, left_out=LEFT_OUT,
+def resolve(roots: list[str], lock_text: str, has: Has, target: Target, folder: Path, left_out=LEFT_OUT,
             report=lambda line: None, fetch=None) -> Resolved:
     """Fetches into `folder` the wheels that `roots` need and the node lacks. What is in the folder is used again.
 
     `fetch(pins, target, folder)` gets wheels for {name: (version, hashes)}; by default `download`. Raises BundleError.
     """
     fetch = fetch or download
-    lock = read_lock(lock_path, target)
+    lock = read_lock(lock_text, target)
     out = {canonicalize_name(name) for name in left_out}
     resolved = Resolved({}, [], {})
     seen: set[tuple[str, str]] = set()
@@ -208,7 +209,7 @@ def resolve(roots: list[str], lock_path: Path, has: Has, target: Target, folder:
                 raise BundleError(f"torch (gigabytes) does not travel and the node {there}; needed is {requirement}: "
                                   "install it there, and name it in --has")
             if name not in lock:
-                raise BundleError(f"{requirement}: not in {lock_path.name}: make the lock again (tools/lock.py), or "
+                raise BundleError(f"{requirement}: not in requirements.lock: make the lock again (tools/lock.py), or "
                                   f"leave it out with --without {name}")
             asked.setdefault(name, set()).update(requirement.extras)
             if name not in resolved.wheels:
@@ -310,10 +311,15 @@ def build(name: str, version: str, hashes: list[str], folder: Path) -> Path:
 
 
 def pip_wheel(folder: Path) -> Path:
-    """pip's own wheel, the newest: it runs from the file on a Python that has none."""
+    """pip's own wheel: it runs from the file on a Python that has none. The one inside this Python where it will do."""
     here = sorted(folder.glob("pip-*.whl"))
+    bundled = sorted((Path(ensurepip.__file__).parent / "_bundled").glob("pip-*.whl"))
+    if not here and bundled and parse_wheel_filename(bundled[-1].name)[1] >= PIP_FOR_3_12:
+        shutil.copyfile(bundled[-1], folder / f".{bundled[-1].name}.part")
+        os.replace(folder / f".{bundled[-1].name}.part", folder / bundled[-1].name)
+        return folder / bundled[-1].name
     if not here:
-        done = _pip("download", "--no-deps", "--only-binary=:all:", "--dest", str(folder), PIP)
+        done = _pip("download", "--no-deps", "--only-binary=:all:", "--dest", str(folder), "pip")
         here = sorted(folder.glob("pip-*.whl"))
         if done.returncode or not here:
             raise BundleError(f"pip download pip: {_last_error(done.stderr)}")
