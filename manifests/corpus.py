@@ -111,7 +111,9 @@ def _fill_empty(splits: dict[str, list[dict]]) -> None:
     for split in [name for name, rows in splits.items() if not rows]:
         speakers = sorted({row["speaker"] for row in splits["train"]})
         if len(speakers) < 2:
-            raise CorpusError(f"{split} has no utterance in this tree, and train only one speaker: none can be held out")
+            raise CorpusError(
+                f"{split} has no utterance in this tree, and train only one speaker: none can be held out"
+            )
         held = speakers[-1]
         splits[split] = [row for row in splits["train"] if row["speaker"] == held]
         splits["train"] = [row for row in splits["train"] if row["speaker"] != held]

@@ -212,7 +212,8 @@ def check_against_code(cfg: DictConfig) -> None:
             _arguments(AVAILABLE_OPTIMIZERS[optim.name]))
     if optim.get("sched"):
         if optim.sched.name not in AVAILABLE_SCHEDULERS:
-            raise ConfigError(f"model.optim.sched.name={optim.sched.name}{suggest(optim.sched.name, AVAILABLE_SCHEDULERS)}")
+            name = optim.sched.name
+            raise ConfigError(f"model.optim.sched.name={name}{suggest(name, AVAILABLE_SCHEDULERS)}")
         scheduler = AVAILABLE_SCHEDULERS[optim.sched.name]
         generic = set(SchedulerParams.__dataclass_fields__) | {"monitor", "reduce_on_plateau", "iters_per_batch"}
         compare("model.optim.sched", [k for k in optim.sched if k != "name"], _arguments(scheduler) | generic)

@@ -214,7 +214,8 @@ class _RecipeModel:
         if signals is not None:
             rows = (~torch.isfinite(signals)).flatten(1).any(dim=1)
             if bool(rows.any()):
-                source = f"; the audio or its features are not finite in {[i for i, bad in zip(ids, rows.tolist()) if bad]}"
+                named = [i for i, bad in zip(ids, rows.tolist()) if bad]
+                source = f"; the audio or its features are not finite in {named}"
         broken = [name for name, p in self.named_parameters() if not bool(torch.isfinite(p).all())]
         if broken:
             source += f"; {len(broken)} parameters are not finite any more, first {broken[0]}"
@@ -291,7 +292,8 @@ class _RecipeModel:
             "val_blank_rate": blanks / max(frames, 1),
         }
         # The sums are already those of all devices.
-        self.log_dict({key: torch.tensor(value, dtype=torch.float32) for key, value in metrics.items()}, sync_dist=False)
+        values = {key: torch.tensor(value, dtype=torch.float32) for key, value in metrics.items()}
+        self.log_dict(values, sync_dist=False)
         return metrics
 
 

@@ -207,7 +207,8 @@ class SaveLast(Callback):
         save_last(trainer)
         if end:
             if trainer.is_global_zero:
-                print(f"asked to end: saved at step {trainer.global_step}; the same command goes on from here", flush=True)
+                step = trainer.global_step
+                print(f"asked to end: saved at step {step}; the same command goes on from here", flush=True)
             trainer._signal_connector.received_sigterm = True  # Lightning now ends the run on every device
 
 

@@ -23,7 +23,7 @@ def test_recipes_are_the_four_models():
 
 @pytest.mark.parametrize("recipe", recipes())
 @pytest.mark.parametrize("corpus", ["mini", "librispeech_5h", "librispeech_8h", "librispeech_100h", "librispeech_960h"])
-@pytest.mark.parametrize("size", ["small", "full"])
+@pytest.mark.parametrize("size", ["small", "medium", "full"])
 def test_every_recipe_composes_with_every_corpus_and_size(recipe, corpus, size, manifests):
     overrides = [f"corpus={corpus}", f"size={size}", *manifests]
     if recipe.endswith("_bpe"):
@@ -102,7 +102,7 @@ def test_a_key_that_nothing_reads_is_refused(override, words, manifests):
 
 
 @pytest.mark.parametrize("recipe", recipes())
-@pytest.mark.parametrize("size", ["small", "full"])
+@pytest.mark.parametrize("size", ["small", "medium", "full"])
 def test_every_key_of_our_own_recipes_is_read_by_something(recipe, size, manifests):
     extra = ["model.tokenizer.dir=x"] if recipe.endswith("_bpe") else []
     check_against_code(cfg := compose(recipe, [*manifests, *extra, f"size={size}"]))

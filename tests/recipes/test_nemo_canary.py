@@ -20,7 +20,10 @@ def test_nemo_is_the_version_the_internals_were_read_in():
     [
         ("nemo.core.classes.common", ["ALLOWED_TARGET_PREFIXES", "UnsafeTargetError", "import_class_by_path"]),
         ("nemo.collections.asr.models.ctc_models", ["EncDecCTCModel"]),
-        ("nemo.collections.common.data.lhotse.dataloader", ["get_lhotse_dataloader_from_config", "LhotseDataLoadingConfig"]),
+        (
+            "nemo.collections.common.data.lhotse.dataloader",
+            ["get_lhotse_dataloader_from_config", "LhotseDataLoadingConfig"],
+        ),
         ("nemo.core.optim.lr_scheduler", ["AVAILABLE_SCHEDULERS"]),
         ("nemo.core.optim.optimizers", ["AVAILABLE_OPTIMIZERS"]),
         ("nemo.utils.exp_manager", ["exp_manager", "ExpManagerConfig", "CallbackParams"]),

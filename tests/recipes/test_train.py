@@ -66,7 +66,8 @@ def losses(folder) -> dict[int, float]:
 
 def interrupt(corpus, folder, signum, after: int, *more) -> int:
     """Starts a run, sends the signal once curve.csv shows step `after`, and returns the exit status."""
-    process = subprocess.Popen(command(corpus, folder, *more), cwd=ROOT, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    quiet = {"stdout": subprocess.DEVNULL, "stderr": subprocess.DEVNULL}
+    process = subprocess.Popen(command(corpus, folder, *more), cwd=ROOT, **quiet)
     deadline = time.monotonic() + 300
     while time.monotonic() < deadline:
         time.sleep(0.05)
