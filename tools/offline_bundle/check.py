@@ -15,6 +15,7 @@ import tempfile
 import time
 from importlib import metadata
 from pathlib import Path
+from typing import NamedTuple
 
 from tools.offline_bundle.node import installed_index, say
 from tools.offline_bundle.parts import BundleError
@@ -22,35 +23,55 @@ from tools.offline_bundle.parts import BundleError
 SECONDS = 2.0  # of made-up audio in an utterance of the trial batch
 
 
-def unmet(roots: list[str], left_out: list[str]) -> tuple[int, list[str]]:
-    """(packages needed, a line for each that is missing or in a version that will not do), by installed metadata."""
+class Requirements(NamedTuple):
+    """How many packages are needed, a line for each that is missing or in a wrong version, and lines to know of."""
+
+    count: int
+    problems: list[str]
+    notes: list[str]
+
+
+def requirements_met(roots: list[str], left_out: list[str], own: Path) -> Requirements:
+    """Walks the metadata of what is installed, from `roots`. Packages under `own` are the bundle's, others the node's.
+
+    What the node's packages want of each other is the node's business and not looked at. Where one of them wants
+    another version of what the bundle puts before its own, that is a note.
+    """
     from packaging.requirements import Requirement
     from packaging.utils import canonicalize_name
 
-    out, seen, problems, count = {canonicalize_name(name) for name in left_out}, set(), [], set()
-    waiting = [(Requirement(text), "the project") for text in roots]
+    def bundled(found) -> bool:
+        return Path(found.locate_file("")).resolve().is_relative_to(own.resolve())
+
+    out, seen, count = {canonicalize_name(name) for name in left_out}, set(), set()
+    problems, notes = set(), set()
+    waiting = [(Requirement(text), "the project", True) for text in roots]
     while waiting:
-        requirement, wanted_by = waiting.pop()
+        requirement, wanted_by, ours = waiting.pop()
         name = canonicalize_name(requirement.name)
-        key = (name, frozenset(requirement.extras), str(requirement.specifier))
+        key = (name, frozenset(requirement.extras), str(requirement.specifier), ours)
         if name in out or key in seen:
             continue
         seen.add(key)
-        count.add(name)
         try:
             found = metadata.distribution(name)
         except metadata.PackageNotFoundError:
-            problems.append(f"{requirement} is missing, {wanted_by} needs it: pack again without it in --has")
+            if ours:
+                problems.add(f"{requirement} is missing, {wanted_by} needs it: pack again without it in --has")
             continue
+        count.add(name)
         if not requirement.specifier.contains(found.version.partition("+")[0], prereleases=True):
-            problems.append(f"{name} {found.version} is here, {wanted_by} needs {requirement}: give pack its "
-                            "version too (--has with the output of `have`)")
+            if ours:
+                problems.add(f"{name} {found.version} is here, {wanted_by} needs {requirement}: give pack its version "
+                             "too (--has with the output of `have`)")
+            elif bundled(found):
+                notes.add(f"{wanted_by} of the node wants {requirement}, the bundle's {found.version} stands first")
         for text in found.requires or []:
             needed = Requirement(text)
-            extras = requirement.extras or {""}
-            if needed.marker is None or any(needed.marker.evaluate({"extra": extra}) for extra in {"", *extras}):
-                waiting.append((needed, name))
-    return len(count), sorted(set(problems))
+            extras = {"", *requirement.extras}
+            if needed.marker is None or any(needed.marker.evaluate({"extra": extra}) for extra in extras):
+                waiting.append((needed, name, bundled(found)))
+    return Requirements(len(count), sorted(problems), sorted(notes))
 
 
 def one_pass(model_name: str, device: str | None = None) -> str:
@@ -147,10 +168,12 @@ def main(arguments: list[str] | None = None) -> int:
     quiet_imports()
     try:
         index = installed_index(args.dir)
-        count, problems = unmet(index["requires"], index["left_out"])
+        count, problems, notes = requirements_met(index["requires"], index["left_out"], Path(sys.prefix))
         for problem in problems:
             print(f"check: {problem}", file=sys.stderr)
-        say(f"packages: {count} needed, {len(problems)} missing or in a wrong version")
+        for note in notes:
+            say(f"note: {note}")
+        say(f"packages: {count} in use, {len(problems)} missing or in a wrong version")
         import torch
 
         device = torch.cuda.get_device_name() if torch.cuda.is_available() else "no GPU"

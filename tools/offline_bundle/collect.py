@@ -13,17 +13,17 @@ from tools.offline_bundle.parts import END_BYTES, HEADER_BYTES, LEAST_PIECE, Bun
 
 STEM = "home"
 # In this order: what is nearer the front comes home first.
-SMALL = ("evaluation/metrics.json", "plan.json", "curve.csv", "config.yaml", "average.json", "report.md",
-         "*-fp16.nemo.json", "evaluation/predictions_*.json", "curve.png", "train.log", "probe.log",
+SMALL = ("evaluation/metrics.json", "offline/plan.json", "curve.csv", "config.yaml", "average.json", "report.md",
+         "*-fp16.nemo.json", "evaluation/predictions_*.json", "curve.png", "offline/*.log",
          "doctor/report.json", "doctor/report.html", "tokenizer/*")
 LOG_BYTES = 1 << 20  # of a log's end
 
 
 def gather(exp: Path, weights: bool = True) -> list[tuple[str, Path | bytes]]:
     """(name, file or its last bytes) of all runs under `exp`, most wanted first. Raises BundleError for none."""
-    runs = sorted(path.parent for path in exp.glob("*/plan.json"))
+    runs = sorted(path.parent.parent for path in exp.glob("*/offline/plan.json"))
     if not runs:
-        raise BundleError(f"{exp}: no run with a plan.json: train first")
+        raise BundleError(f"{exp}: no run that `train` began: train first")
     found: list[tuple[str, Path | bytes]] = []
     for pattern in SMALL:
         for run in runs:

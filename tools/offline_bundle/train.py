@@ -1,8 +1,8 @@
 """On the node: trains the models one after the other, each within a time budget, then averages, evaluates and reports.
 
 A short probe measures how long a step takes there, and the number of steps is set so that the schedule ends within the
-budget; it is never more than the recipe's own. What was decided stands in exp/<run>/plan.json, so that the same
-command goes on where it was cut: a model that is done is passed over, one that is not resumes from its checkpoint.
+budget; it is never more than the recipe's own. What was decided stands in exp/<run>/offline/plan.json, so that the
+same command goes on where it was cut: a model that is done is passed over, one that is not resumes.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ from tools.report.__main__ import hardware
 EXIT_CUT = 75  # this sitting's time is up: the same command goes on
 GRACE = 120.0  # seconds that a training asked to end gets to save itself
 OVERRUN = 1.25  # a training that takes longer than this times its budget is ended and evaluated as it is
-STAGES = ("tokenizer", "probe", "train", "average", "evaluate", "report", "weights")
+NOTES = "offline"  # in a run's folder
 
 
 class Cut(Exception):
@@ -51,6 +51,11 @@ class Job:
     def tokenizer(self) -> Path:
         return self.exp / "tokenizer"
 
+    @property
+    def notes(self) -> Path:
+        """For plan and logs. Of the files right in the run's folder NeMo moves all away when a training resumes."""
+        return self.exp / NOTES
+
     def arguments(self, folder: Path) -> list[str]:
         """Hydra's overrides for a training in `folder`."""
         given = [f"corpus={self.corpus}", f"corpus.train={self.manifests / 'train.json'}",
@@ -61,10 +66,10 @@ class Job:
 
 
 class Plan:
-    """What was decided and done for a job, kept in exp/<run>/plan.json."""
+    """What was decided and done for a job, kept in exp/<run>/offline/plan.json."""
 
     def __init__(self, job: Job):
-        self.path = job.exp / "plan.json"
+        self.path = job.notes / "plan.json"
         self.facts = {"done": {}}
         if self.path.is_file():
             self.facts = json.loads(self.path.read_text())
@@ -199,9 +204,9 @@ def probe(job: Job, plan: Plan, run: Runner) -> None:
     steps = min(one_pass + 60, most)  # the first pass also computes features and compiles: it says little
     arguments = ["recipes.train", "--config-name", job.model, *job.arguments(folder), f"trainer.max_steps={steps}",
                  "training.validations=1"]
-    status, over = run(arguments, job.exp / "probe.log", limit=max(job.seconds / 3, 60.0))
+    status, over = run(arguments, job.notes / "probe.log", limit=max(job.seconds / 3, 60.0))
     if status and not over:
-        log = job.exp / "probe.log"
+        log = job.notes / "probe.log"
         raise BundleError(f"{job.model}: the probe failed with status {status}: {last_line(log)}; the log is {log}")
     each, validation, trained = step_times(folder / "curve.csv", one_pass)
     first_pass = max(_seconds_at(folder / "curve.csv", trained) - trained * each, 0.0)
@@ -229,7 +234,7 @@ def run_job(job: Job, run: Runner) -> str:
     plan.facts["commit"] = job.commit
     plan.save()
     nemo = job.exp / f"{job.model}.nemo"
-    log = job.exp / "train.log"
+    log = job.notes / "train.log"
 
     def stage(name: str, arguments: list[str], limit: float | None = None) -> None:
         if plan.done(name):

@@ -101,6 +101,26 @@ class TestNode:
             with pytest.raises(BundleError, match=word):
                 node.fits_here(index | change)
 
+    def test_requirements_of_the_bundle_are_checked_and_those_of_the_node_noted(self, tmp_path, monkeypatch):
+        from tools.offline_bundle.check import requirements_met
+
+        def put(folder, name, version, *requires):
+            info = tmp_path / folder / f"{name}-{version}.dist-info"
+            info.mkdir(parents=True)
+            lines = [f"Name: {name}", f"Version: {version}", *(f"Requires-Dist: {text}" for text in requires)]
+            (info / "METADATA").write_text("\n".join(lines) + "\n")
+
+        put("own", "top", "1.0", "fine>=1", "shadowed<3", "torch>=2.6", "gone; extra == 'all'", "wandb")
+        put("own", "shadowed", "2.0")
+        put("own", "fine", "1.0")
+        put("node", "torch", "2.11.0+cu130", "driver==5", "shadowed>=4", "absent-there")
+        put("node", "driver", "6")
+        monkeypatch.setattr(sys, "path", [str(tmp_path / "own"), str(tmp_path / "node"), *sys.path])
+        count, problems, notes = requirements_met(["top"], ["wandb"], tmp_path / "own")
+        assert (count, problems) == (5, []) and len(notes) == 1 and "shadowed>=4" in notes[0]
+        problems = requirements_met(["top[all]", "torch>=2.12"], ["wandb"], tmp_path / "own").problems
+        assert ["gone" in problems[0], "torch 2.11.0" in problems[1], len(problems)] == [True, True, 2]
+
     def test_wheels_of_an_earlier_bundle_go(self, tmp_path):
         for name in ("a-1.0-py3-none-any.whl", "a-2.0-py3-none-any.whl"):
             (tmp_path / "wheels").mkdir(exist_ok=True)
@@ -264,10 +284,12 @@ class TestHome:
     def exp(self, tmp_path):
         for model, size in (("conformer", 30_000), ("deepspeech", 60_000)):
             run = tmp_path / "exp" / f"{model}_mini"
-            (run / "evaluation").mkdir(parents=True)
-            for name in ("plan.json", "curve.csv", "evaluation/metrics.json", "evaluation/predictions_dev.json"):
+            for name in ("evaluation", "offline"):
+                (run / name).mkdir(parents=True)
+            results = ("evaluation/metrics.json", "evaluation/predictions_dev.json")
+            for name in ("offline/plan.json", "curve.csv", *results):
                 (run / name).write_text(model * 20)
-            (run / "train.log").write_bytes(b"x" * 3000)
+            (run / "offline" / "train.log").write_bytes(b"x" * 3000)
             (run / f"{model}-fp16.nemo").write_bytes(os.urandom(size))
             (run / f"{model}.nemo").write_bytes(os.urandom(size))
         return tmp_path / "exp"
