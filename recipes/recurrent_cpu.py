@@ -209,21 +209,45 @@ def _gru_backward(kind, gates, states, pad_TKB, extra, dy, w_hh):
     return d_rec.view(T, K, B, 3 * H), d_candidate.mul_(d_state)
 
 
+@_scripted
+def _lstm_steps(gates: Tensor, states: Tensor, read: Tensor, cells: Tensor, squashed: Tensor, w: Tensor):
+    H = states.size(3)
+    for t in range(gates.size(0)):
+        g, c, h = gates[t], cells[t + 1], states[t + 1]
+        g.add_(torch.bmm(read[t], w).to(g.dtype))
+        g.narrow(2, 0, 2 * H).sigmoid_()
+        g.narrow(2, 2 * H, H).tanh_()
+        g.narrow(2, 3 * H, H).sigmoid_()
+        torch.mul(g.narrow(2, H, H), cells[t], out=c)
+        c.addcmul_(g.narrow(2, 0, H), g.narrow(2, 2 * H, H))
+        torch.tanh(c, out=squashed[t])
+        torch.mul(g.narrow(2, 3 * H, H), squashed[t], out=h)
+        read[t + 1].copy_(h)
+
+
+@_scripted
+def _lstm_steps_back(
+    d_rec: Tensor, to_gates: Tensor, to_cell: Tensor, to_out: Tensor, f: Tensor, dy: Tensor, w: Tensor
+):
+    T, K, B, H = dy.size(0), dy.size(1), dy.size(2), dy.size(3)
+    dh = torch.zeros_like(to_cell[0])
+    dc = torch.zeros_like(dh)
+    for i in range(T):
+        t = T - 1 - i
+        d = d_rec[t]
+        dh = dh + dy[t]
+        dc = torch.addcmul(dc, dh, to_cell[t])
+        torch.mul(dc.to(d.dtype).unsqueeze(2), to_gates[t], out=d.narrow(2, 0, 3))
+        d.select(2, 3).copy_(dh * to_out[t])
+        dc = dc * f[t]
+        dh = torch.bmm(d.view(K, B, 4 * H), w).to(dc.dtype)
+
+
 def _lstm_forward(kind, gates, states, read, pad_TKB, w, b_hh):
     H = states.shape[-1]
     gates[..., :H][pad_TKB] = -_CLOSED  # i = 0: nothing is written to the cell
-    cells, squashed = torch.zeros_like(states), torch.empty_like(gates[..., :H])
-    parts = (gates, gates[..., : 2 * H], *gates.split(H, dim=-1))
-    steps = zip(read[:-1], read[1:], states[1:], cells[:-1], cells[1:], squashed, *parts)
-    for h16, h16_new, h_new, c, c_new, t, all4, if_, i, f, g, o in steps:
-        all4.add_(torch.bmm(h16, w).to(gates.dtype))
-        if_.sigmoid_()
-        g.tanh_()
-        o.sigmoid_()
-        torch.mul(f, c, out=c_new).addcmul_(i, g)
-        torch.tanh(c_new, out=t)
-        torch.mul(o, t, out=h_new)
-        h16_new.copy_(h_new)
+    cells, squashed = torch.zeros_like(states), torch.empty_like(states[1:])
+    _lstm_steps(gates, states, read, cells, squashed, w)
     return cells, squashed
 
 
@@ -231,21 +255,12 @@ def _lstm_backward(kind, gates, states, pad_TKB, extra, dy, w_hh):
     cells, t = extra
     T, K, B, H = t.shape
     i, f, g, o = gates.split(H, dim=-1)
-    factor = torch.empty(T, K, B, 3, H, dtype=gates.dtype, device=gates.device)
-    factor[..., 0, :] = _sigmoid_grad(g, i)
-    factor[..., 1, :] = _sigmoid_grad(cells[:-1], f)
-    factor[..., 2, :] = _tanh_grad(i, g)
-    to_cell, to_out = _tanh_grad(o, t), _sigmoid_grad(t, o)
+    to_gates = torch.empty(T, K, B, 3, H, dtype=w_hh.dtype, device=gates.device)
+    to_gates[..., 0, :] = _sigmoid_grad(g, i)
+    to_gates[..., 1, :] = _sigmoid_grad(cells[:-1], f)
+    to_gates[..., 2, :] = _tanh_grad(i, g)
     d_rec = torch.empty(T, K, B, 4, H, dtype=w_hh.dtype, device=gates.device)
-    dh = gates.new_zeros(K, B, H)
-    dc = torch.zeros_like(dh)
-    for y, fac, mc, mo, keep, d in zip(*(reversed(x) for x in map(list, (dy, factor, to_cell, to_out, f, d_rec)))):
-        dh = dh + y
-        dc.addcmul_(dh, mc)
-        d[:, :, :3] = dc[:, :, None] * fac
-        d[:, :, 3] = dh * mo
-        dc.mul_(keep)
-        dh = torch.bmm(d.view(K, B, 4 * H), w_hh).to(gates.dtype)
+    _lstm_steps_back(d_rec, to_gates, _tanh_grad(o, t), _sigmoid_grad(t, o), f, dy, w_hh)
     return d_rec.view(T, K, B, 4 * H), None
 
 
