@@ -79,13 +79,14 @@ class Doctor(Callback):
         self._watch: Watch | None = None
         self._delivered: Delivered | None = None
         self._gradients: Gradients | None = None
+        self._final: Report | None = None
         self._others: list[dict] = []  # what all ranks have told, at the end
 
     # ---- the run -------------------------------------------------------------------------------------------
 
     @guarded
     def on_train_start(self, trainer, pl_module):
-        self._model = pl_module
+        self._model, self._final = pl_module, None
         self.folder = self.folder or run_folder(trainer)
         trace = self.trace
         trace.sources = ["callback"]
@@ -291,7 +292,7 @@ class Doctor(Callback):
             names = self._names(batch, model, call)
             alone = trainer.world_size == 1 or not any("SyncBatchNorm" in type(m).__name__ for m in model.modules())
             bad = examine_batch(model, batch, index, trainer.global_step + 1, self._state, call, gradient_only, names,
-                alone)
+                                alone)
             if math.isfinite(before := getattr(self, "_norm_before", math.nan)):
                 bad.details["gradient norm of the step before"] = before
             if scaler:
@@ -300,8 +301,7 @@ class Doctor(Callback):
                 bad.details["or"] = "it came from another device, where the loss is not finite: see its own log"
             self.trace.bad = bad
             log.warning("doctor: step %d: %s is not finite; origin: %s %s; utterances %s", bad.step, bad.what,
-                bad.origin,
-                        bad.module, ", ".join(names[:8]))
+                        bad.origin, bad.module, ", ".join(names[:8]))
         elif self.trace.bad.origin == "loss" and not gradient_only and self.trace.bad_steps == 2 and call is not None \
                 and not bool(torch.isfinite(call.log_probs).all()):
             self.trace.bad.details["log-probs not finite from step"] = trainer.global_step + 1
@@ -380,7 +380,10 @@ class Doctor(Callback):
     # ---- speaking ------------------------------------------------------------------------------------------
 
     def report(self, probes: bool = False) -> Report:
-        """What is known now; `probes` also examines the live model as `check` does, which takes seconds."""
+        """What is known now; `probes` also examines the live model as `check` does, which takes seconds. After the
+        end it is what was written then."""
+        if self._final is not None:
+            return self._final
         found, ruled_out, missing = diagnose(self.trace)
         fixed_ids = {finding.id for finding in self.fixed}
         found = [*self.fixed, *[finding for finding in found if finding.id not in fixed_ids]]
@@ -425,16 +428,7 @@ class Doctor(Callback):
 
     def _ask_others(self, trainer) -> None:
         """At the end of a run on several devices: rank 0 learns what the others have seen. No rank may leave it out."""
-        if not devices.together(trainer):
-            return
-        try:
-            own = devices.facts(self.trace, self.report().findings, self.cost)
-        except Exception:  # it was switched off early
-            own = devices.facts(Trace(), [], self.cost)
-        every = devices.gather(trainer, own)
-        if trainer.is_global_zero:
-            devices.count_together(self.trace, every, 0)
-            self._others = every
+        self._others = devices.ask(trainer, self.trace, lambda: self.report().findings, self.cost)
 
     def _finish(self, trainer, model, alone: bool = False) -> None:
         self._listener.close()
@@ -446,4 +440,4 @@ class Doctor(Callback):
         self.examined.append(f"cost: {self.cost:.2f} s of {seconds:.0f} s, {share:.2%}")
         report = self.report(probes=self.probe and trainer.world_size == 1)
         save(self.folder, report, self.trace, trainer, alone)
-        self._begun = None
+        self._begun, self._final = None, report

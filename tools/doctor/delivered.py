@@ -135,10 +135,10 @@ class Delivered:
                              if _plain(text) in self._durations and self._nearest(text, a) > 1.03 * longest)
         return Finding(
             "data-duration-wrong", "prevents" if share > 0.5 else "warning",
-            f"The loader delivers no more than {longest:.2f} s of audio: {share:.0%} of {count} rows are cut there, and "
-            "keep their whole text.",
-            "What is said after the cut is in the targets and not in the audio: many targets do not fit, and the others "
-            "are learned wrongly.",
+            f"The loader delivers no more than {longest:.2f} s of audio: {share:.0%} of {count} rows are cut there, "
+            "and keep their whole text.",
+            "What is said after the cut is in the targets and not in the audio: many targets do not fit, and the "
+            "others are learned wrongly.",
             {"rows": count, "cut": round(share, 3), "longest delivered": longest,
              "for instance": f"{text[:60]!r}: {seconds:.2f} s in the manifest"},
             ["leave out utterances that are too long (model.train_ds.max_duration) instead of cutting their audio",

@@ -208,22 +208,37 @@ def recurrence_is_bounded(subject):
 
 
 def _recurrent_size(probe, frames: int) -> dict[str, float]:
-    """Name of each module that holds recurrent weights -> largest absolute value of its output."""
+    """Name of each module that holds recurrent weights -> largest absolute value of its output.
+
+    Where such a module is not called itself, since the one around it reads its weights, it is that one's output.
+    """
+    from tools.doctor.tracing import first_tensor
+
     found: dict[str, float] = {}
-    handles = []
-    for name, module in probe.model.named_modules():
+    handles, owners = [], []
+    modules = dict(probe.model.named_modules())
+    for name, module in modules.items():
         own = [n for n, _ in module.named_parameters(recurse=False) if "weight_hh" in n or "recurrent" in n]
         if own or isinstance(module, nn.RNNBase):
-            def hook(m, args, output, name=name):
-                from tools.doctor.tracing import first_tensor
-                tensor = first_tensor(output)
-                if tensor is not None and tensor.numel():
-                    found[name] = float(tensor.abs().max())
-            handles.append(module.register_forward_hook(hook))
+            owners.append(name)
+    around = {part for name in owners for part in _around(name)}
+    for name in sorted(around):
+        def hook(m, args, output, name=name):
+            tensor = first_tensor(output)
+            if tensor is not None and tensor.numel():
+                found[name] = float(tensor.abs().max())
+        handles.append(modules[name].register_forward_hook(hook))
     try:
         x, lengths = probe.made_up_features([frames], seed=4)
         probe.forward(x, lengths)
     finally:
         for handle in handles:
             handle.remove()
-    return found
+    nearest = {name: next((part for part in _around(name) if part in found), None) for name in owners}
+    return {part: found[part] for part in nearest.values() if part is not None}
+
+
+def _around(name: str) -> list[str]:
+    """A module's name and those of the modules around it, inside the encoder or decoder, the nearest first."""
+    parts = name.split(".")
+    return [".".join(parts[:count]) for count in range(len(parts), 1, -1)] or [name]

@@ -17,6 +17,24 @@ def together(trainer) -> bool:
     return trainer.world_size > 1 and dist.is_available() and dist.is_initialized()
 
 
+def ask(trainer, trace: Trace, findings, cost: float) -> list[dict]:
+    """At rank 0 what all ranks have found, its counts added to the trace; [] elsewhere and on one device.
+
+    `findings()` gives this rank's. Each rank must call it, once, at the same place.
+    """
+    if not together(trainer):
+        return []
+    try:
+        own = facts(trace, findings(), cost)
+    except Exception:  # it was switched off early; the others wait for an answer all the same
+        own = facts(Trace(), [], cost)
+    every = gather(trainer, own)
+    if not trainer.is_global_zero:
+        return []
+    count_together(trace, every, 0)
+    return every
+
+
 def facts(trace: Trace, findings: list[Finding], cost: float) -> dict:
     """What a rank tells the others: plain values, some kilobytes."""
     told = [finding for finding in findings if finding.weight != "note"]

@@ -206,7 +206,8 @@ def scanned(outputs: list[Output], trace: Trace) -> list[Finding]:
         + (f", growing {times:.2g} times from the first frames to the last." if in_time else "."),
         "A recurrence without a bound and without normalisation grows exponentially with the utterance." if in_time
         else "Nothing keeps the scale between the layers; the next step may be infinite.",
-        {"largest output": first.largest, "seen at step": trace.last_step + 1, "modules above 1e4": [o.name for o in large][:8]},
+        {"largest output": first.largest, "seen at step": trace.last_step + 1,
+         "modules above 1e4": [o.name for o in large][:8]},
         [f"a bounded or gated recurrence in {first.name}" if in_time else f"a normalisation before {first.name}",
          f"a lower {trace.key('model.optim.lr')} only delays it"], 0.8 if in_time else 0.6, where=first.name,
          plots=plots)]

@@ -109,7 +109,7 @@ def _explodes(trace: Trace, bad: BadStep, here: str, times: float | None, eviden
     """A module whose output is infinite or very large: over time (`times` from first to last), or by depth."""
     if times is not None:
         how = f"its output grows {times:.3g} times from the first frames to the last"
-        why = ("A recurrence without a bound (ReLU) and without normalisation multiplies its state at each frame: above "
+        why = ("A recurrence without a bound (ReLU) and without normalisation multiplies its state at each frame: over "
                "a factor of 1 it grows exponentially, and a longer utterance grows further.")
         first = f"use a gated or bounded recurrence in {bad.module}: nn.GRU, nn.LSTM, or nonlinearity='tanh'"
     else:

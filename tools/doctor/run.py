@@ -230,8 +230,8 @@ def overfitting(trace: Trace) -> list[Finding]:
     worse = not wers or wers[-1][1] > min(v for _, v in wers) * 1.02
     return [Finding(
         "run-overfitting", "warning" if worse else "note",
-        f"Validation loss was {best:.3g} at step {best_step} and is {last:.3g} at step {last_step}, while the train loss "
-        f"fell to {train.last:.3g}."
+        f"Validation loss was {best:.3g} at step {best_step} and is {last:.3g} at step {last_step}, while the train "
+        f"loss fell to {train.last:.3g}."
         + ("" if worse else " The word error rate has not risen with it: such a loss is often only over-sure."),
         "The model learns the train utterances by heart.",
         {"best validation loss": best, "at step": best_step, "last": last, "train loss": train.last},

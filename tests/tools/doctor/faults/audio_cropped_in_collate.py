@@ -26,5 +26,6 @@ def make(folder):
 
 
 FAULT = Fault(
-    "audio_cropped_in_collate", ("data-mismatched-text", "data-duration-wrong", "data-target-too-long"), "during", make, run
+    "audio_cropped_in_collate", ("data-mismatched-text", "data-duration-wrong", "data-target-too-long"), "during", make,
+    run
 )

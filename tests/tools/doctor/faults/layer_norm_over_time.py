@@ -12,4 +12,6 @@ class Encoder(SpeechConv):
         return layer_norm(x * valid[:, None, :], x.shape[-1:])
 
 
-FAULT = Fault("layer_norm_over_time", ("norm-padding", "padding-leak"), "before", lambda folder: live(folder, mine(__name__)))
+FAULT = Fault(
+    "layer_norm_over_time", ("norm-padding", "padding-leak"), "before", lambda folder: live(folder, mine(__name__))
+)

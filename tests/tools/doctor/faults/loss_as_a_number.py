@@ -20,4 +20,6 @@ def run(folder, callbacks):
     return model, fit(model, folder, 60, callbacks)
 
 
-FAULT = Fault("loss_as_a_number", ("no-gradient",), "before", lambda folder: live(folder, "transformer", cls=Model), run)
+FAULT = Fault(
+    "loss_as_a_number", ("no-gradient",), "before", lambda folder: live(folder, "transformer", cls=Model), run
+)

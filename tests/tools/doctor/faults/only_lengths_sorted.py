@@ -14,4 +14,6 @@ class Encoder(SpeechRNN):
         return pad_packed_sequence(self.rnn(packed)[0], batch_first=True, total_length=x.shape[1])[0]
 
 
-FAULT = Fault("only_lengths_sorted", ("batch-leak", "length-mismatch"), "before", lambda folder: live(folder, mine(__name__)))
+FAULT = Fault(
+    "only_lengths_sorted", ("batch-leak", "length-mismatch"), "before", lambda folder: live(folder, mine(__name__))
+)

@@ -1,4 +1,4 @@
-"""Attention of one's own whose mask hides padded queries too: a softmax over nothing is NaN, and stays in the gradient."""
+"""Attention of one's own whose mask hides padded queries too: a softmax over nothing is NaN, in the gradient too."""
 
 import torch
 from torch import nn

@@ -19,4 +19,7 @@ def run(folder, callbacks):
     return model, fit(model, folder, 100, callbacks)
 
 
-FAULT = Fault("targets_flipped_with_padding", ("loss-wrong",), "before", lambda folder: live(folder, "transformer", cls=Model), run)
+FAULT = Fault(
+    "targets_flipped_with_padding", ("loss-wrong",), "before", lambda folder: live(folder, "transformer", cls=Model),
+    run
+)

@@ -21,4 +21,6 @@ def run(folder, callbacks):
     return model, fit(model, folder, 100, callbacks)
 
 
-FAULT = Fault("targets_with_their_padding", ("loss-wrong",), "before", lambda folder: live(folder, "transformer", cls=Model), run)
+FAULT = Fault(
+    "targets_with_their_padding", ("loss-wrong",), "before", lambda folder: live(folder, "transformer", cls=Model), run
+)
