@@ -25,6 +25,7 @@ from tools.report.__main__ import hardware
 
 EXIT_CUT = 75  # this sitting's time is up: the same command goes on
 GRACE = 120.0  # seconds that a training asked to end gets to save itself
+LEAST_PROBE = 60.0  # seconds of training that a probe may take at least, else a third of the budget
 OVERRUN = 1.25  # a training that takes longer than this times its budget is ended and evaluated as it is
 NOTES = "offline"  # in a run's folder
 
@@ -96,12 +97,17 @@ class Runner:
     def __init__(self, deadline: float | None = None):
         self.deadline = deadline
 
-    def __call__(self, arguments: list[str], log: Path, limit: float | None = None) -> tuple[int, bool]:
-        """(exit status, whether `limit` seconds were over and it was asked to end). Raises Cut at the deadline."""
+    def __call__(self, arguments: list[str], log: Path, limit: float | None = None,
+                 since: Path | None = None) -> tuple[int, bool]:
+        """(exit status, whether `limit` seconds were over and it was asked to end). Raises Cut at the deadline.
+
+        The seconds count from the moment that the program writes the file `since`, where that is given: a training
+        spends some on imports before it begins its curve.
+        """
         log.parent.mkdir(parents=True, exist_ok=True)
         if self.deadline is not None and time.monotonic() >= self.deadline:
             raise Cut
-        begin, over = time.monotonic(), False
+        begin, over, started = time.monotonic(), False, time.time()
         with open(log, "ab") as file:
             file.write(f"\n$ python -m {' '.join(arguments)}\n".encode())
             file.flush()
@@ -110,6 +116,8 @@ class Runner:
                 while process.poll() is None:
                     now = time.monotonic()
                     cut = self.deadline is not None and now >= self.deadline
+                    if since is not None and not (since.is_file() and since.stat().st_mtime >= started):
+                        begin = now
                     over = limit is not None and now - begin >= limit
                     if cut or over:
                         self._end(process)
@@ -204,7 +212,8 @@ def probe(job: Job, plan: Plan, run: Runner) -> None:
     steps = min(one_pass + 60, most)  # the first pass also computes features and compiles: it says little
     arguments = ["recipes.train", "--config-name", job.model, *job.arguments(folder), f"trainer.max_steps={steps}",
                  "training.validations=1"]
-    status, over = run(arguments, job.notes / "probe.log", limit=max(job.seconds / 3, 60.0))
+    limit = max(job.seconds / 3, LEAST_PROBE)
+    status, over = run(arguments, job.notes / "probe.log", limit, folder / "curve.csv")
     if status and not over:
         log = job.notes / "probe.log"
         raise BundleError(f"{job.model}: the probe failed with status {status}: {last_line(log)}; the log is {log}")
@@ -236,11 +245,11 @@ def run_job(job: Job, run: Runner) -> str:
     nemo = job.exp / f"{job.model}.nemo"
     log = job.notes / "train.log"
 
-    def stage(name: str, arguments: list[str], limit: float | None = None) -> None:
+    def stage(name: str, arguments: list[str], limit: float | None = None, since: Path | None = None) -> None:
         if plan.done(name):
             return
         begin = time.monotonic()
-        status, over = run(arguments, log, limit)
+        status, over = run(arguments, log, limit, since)
         if status and not over:
             raise BundleError(f"{job.model}: {name} failed with status {status}: {last_line(log)}; the log is {log}")
         plan.finish(name, time.monotonic() - begin, **({"ended_by": "the budget"} if over and status else {}))
@@ -253,8 +262,9 @@ def run_job(job: Job, run: Runner) -> str:
     steps = [f"trainer.max_steps={plan.facts['steps']}"] if plan.facts["steps"] else []
     limit = None
     if job.seconds and not job.steps:
-        limit = max(OVERRUN * job.seconds + 60 - _trained_seconds(job.exp / "curve.csv"), 30.0)
-    stage("train", ["recipes.train", "--config-name", job.model, *job.arguments(job.exp), *steps], limit)
+        limit = max(OVERRUN * job.seconds - _trained_seconds(job.exp / "curve.csv"), 30.0)
+    stage("train", ["recipes.train", "--config-name", job.model, *job.arguments(job.exp), *steps], limit,
+          job.exp / "curve.csv")
     stage("average", ["recipes.average", str(job.exp), "--out", str(nemo)])
     listed = ",".join(map(str, job.evaluate))
     stage("evaluate", ["recipes.evaluate", f"model={nemo}", f"manifests=[{listed}]", f"output={job.exp / 'evaluation'}",

@@ -154,7 +154,7 @@ class TestTrain:
         job, calls, broken = job_in(tmp_path, steps=20), [], ["recipes.average"]
         monkeypatch.setattr(train, "full_length", lambda job: (1000, 40, 8))
 
-        def run(arguments, log, limit=None):
+        def run(arguments, log, limit=None, since=None):
             calls.append(arguments[0])
             log.write_text("some words\nthe reason\n")
             if arguments[0] == "recipes.evaluate":
@@ -177,7 +177,7 @@ class TestTrain:
         job = job_in(tmp_path, seconds=480)
         monkeypatch.setattr(train, "full_length", lambda job: (100_000, 40, 8))
 
-        def run(arguments, log, limit=None):
+        def run(arguments, log, limit=None, since=None):
             folder = job.exp / ".probe"
             folder.mkdir(parents=True)
             (folder / "curve.csv").write_text(CURVE)
@@ -205,6 +205,13 @@ class TestTrain:
         assert status != 0 and over and time.monotonic() - begin < 30
         with pytest.raises(train.Cut):
             train.Runner(time.monotonic() - 1)(sleep, tmp_path / "log")
+        # The clock starts with the curve: a slow import is no part of the budget.
+        curve = tmp_path / "curve.csv"
+        program = f"import time; time.sleep(1); open({str(curve)!r}, 'w'); time.sleep(60)"
+        write = ["timeit", "-n", "1", "-r", "1", program]
+        begin = time.monotonic()
+        assert train.Runner()(write, tmp_path / "log", limit=0.5, since=curve)[1]
+        assert 1.5 <= time.monotonic() - begin < 30
 
     def test_a_failed_model_does_not_stop_the_others(self, tmp_path, monkeypatch, capsys):
         def run_job(job, run):
