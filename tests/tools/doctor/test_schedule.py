@@ -114,3 +114,28 @@ def test_overrides_of_our_recipes(override, fault, tmp_path):
 def test_a_configuration_without_training_is_not_judged():
     report = examine(config={"model": {"encoder": {"x": 1}}}, families=FAMILIES)
     assert report.findings == [] and any("neither model.optim nor trainer" in line for line in report.not_examined)
+
+
+def test_a_schedule_is_rehearsed_without_being_stepped():
+    torch = pytest.importorskip("torch")
+    from tools.doctor.live import rehearsed
+
+    weight = torch.nn.Parameter(torch.zeros(2))
+    optimizer = torch.optim.Adam([weight], lr=1.0)
+    rising = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: min((step + 1) / 10, 1.0))
+    rates = rehearsed(rising, 20)
+    assert rates[0] == pytest.approx(0.1) and max(rates) == 1.0 and rates[4] == pytest.approx(0.5)
+    warm = torch.optim.lr_scheduler.LinearLR(optimizer, 0.1, 1.0, 5)
+    chain = torch.optim.lr_scheduler.SequentialLR(
+        optimizer, [warm, torch.optim.lr_scheduler.ExponentialLR(optimizer, 0.5)], milestones=[5])
+    before, epochs = optimizer.param_groups[0]["lr"], (chain.last_epoch, warm.last_epoch, rising.last_epoch)
+    assert max(rehearsed(chain, 12)) > 3 * before
+    assert optimizer.param_groups[0]["lr"] == before
+    assert (chain.last_epoch, warm.last_epoch, rising.last_epoch) == epochs
+
+
+def test_a_floor_above_the_rate_is_named():
+    found = examine(config={"model": {"optim": {"name": "adamw", "lr": 5e-5, "sched": {
+        "name": "CosineAnnealing", "warmup_steps": 100, "min_lr": 1e-3}}}, "trainer": {"max_steps": 1000}},
+        families=["schedule"]).findings
+    assert [(f.id, f.weight) for f in found] == [("lr-too-low", "prevents")] and "min_lr=0.001" in found[0].symptom
