@@ -12,7 +12,7 @@ import sys
 from pathlib import Path
 
 from manifests.schema import ManifestError
-from tools.offline_bundle.parts import BundleError, parse_size
+from tools.offline_bundle.parts import STATE, BundleError, parse_size
 
 
 class Defaults(argparse.ArgumentDefaultsHelpFormatter):
@@ -99,7 +99,9 @@ def command_line() -> argparse.ArgumentParser:
 
 
 def directory(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--dir", type=Path, default=Path("."), help="folder that the bundle was unpacked to")
+    started = Path(sys.argv[0])  # `python3 DIR COMMAND` runs from the unpacked bundle itself
+    default = started if (started / STATE).is_dir() else Path(".")
+    parser.add_argument("--dir", type=Path, default=default, help="folder that the bundle was unpacked to")
 
 
 def run_have(args) -> int:

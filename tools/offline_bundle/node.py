@@ -48,6 +48,7 @@ def run_unpack(folders: list[Path], dest: Path) -> int:
         if other.name != f"{index['stem']}.json":
             other.unlink()
     begin = time.monotonic()
+    before = _state(dest)
     result = unpack(index, folders, dest, report=say)
     for message in result.damaged:
         print(f"unpack: {message}", file=sys.stderr)
@@ -58,6 +59,11 @@ def run_unpack(folders: list[Path], dest: Path) -> int:
         return 1 if result.damaged else EXIT_WAITING
     _drop_old_wheels(dest, index)
     expand_project(dest)
+    # What an earlier bundle brought and this one does not is still there: wheels under new code, other corpora.
+    kept = {"corpora": {**before.get("corpora", {}), **index.get("corpora", {})}}
+    if index.get("wheels") is None and before.get("wheels") is not None:
+        kept |= {key: before[key] for key in ("wheels", "python", "platform", "glibc")}
+    write_atomic(dest / STATE / "index.json", (json.dumps(index | kept, indent=1) + "\n").encode())
     total = show_size(sum(part["bytes"] for part in index["parts"]))
     say(f"{dest}: complete, {len(index['parts'])} parts, {total}, in {time.monotonic() - begin:.0f} s")
     return 0
@@ -93,12 +99,18 @@ def expand_project(dest: Path) -> None:
     shutil.rmtree(old, ignore_errors=True)
 
 
-def installed_index(dest: Path) -> dict:
-    """The index of the bundle that is unpacked in `dest`. Raises BundleError where it is not complete."""
+def _state(dest: Path) -> dict:
     try:
         return json.loads((dest / STATE / "index.json").read_text())
     except (OSError, ValueError):
-        raise BundleError(f"{dest}: no complete bundle there: run unpack --to {dest} first") from None
+        return {}
+
+
+def installed_index(dest: Path) -> dict:
+    """The index of the bundle that is unpacked in `dest`. Raises BundleError where it is not complete."""
+    if not (index := _state(dest)):
+        raise BundleError(f"{dest}: no complete bundle there: run unpack --to {dest} first")
+    return index
 
 
 def python_of(dest: Path) -> Path:
