@@ -1,12 +1,16 @@
-"""The first rungs of the ladder, before any long training.
+"""What a recipe can learn, from one batch upwards; it stops at the first rung that fails and says what that rules out.
 
     python -m tools.ladder --rungs batch --out exp/x/one_batch.json --config-name deepspeech2 corpus=mini
+    python -m tools.ladder --rungs all --out exp/x/ladder --config-name conformer corpus=librispeech_8h trainer=cpu
 
-`fit`    every target must fit into the frames that the model puts out: T_out >= S + adjacent repeats.
-`batch`  eight utterances are learned by heart, to WER 0. A model that cannot do this has a fault in the model,
-         the targets or the loss; more data and more patience will not help it.
+batch  the targets fit into the output, and eight utterances are learned by heart, to WER 0; without dropout and masks
+64     64 short utterances by the recipe's own training, without dropout and masks, to 5 % of their characters wrong
+1h     one hour by the recipe as it is, to 20 % of what it trains on wrong
+all    the recipe as it is on all of its data, in its own folder, to 30 % on dev
 
-Without SpecAugment, dropout and dither, which make learning by heart slower and are not what is examined.
+A rung has to be climbed before the next is tried. Above `batch`, --out is a folder (by default `ladder` in the recipe's
+own) for ladder.json, ladder.md, ladder.png and a folder a rung; a complete rung is not run again, an interrupted one
+goes on when the same command is given again.
 """
 
 from __future__ import annotations
@@ -15,170 +19,105 @@ import argparse
 import json
 import os
 import sys
-import time
 from pathlib import Path
 
-from recipes.config import ConfigError, compose
-from recipes.quiet import quiet_imports, quiet_nemo
+from manifests.schema import ManifestError, write_atomic
+from recipes.config import ROOT, ConfigError, compose
+from recipes.quiet import quiet_imports
 from recipes.threads import set_threads
+from tools.ladder.batch import RungFailed, check_fit, choose, climb, learn_by_heart, without_regularisation
+from tools.ladder.rungs import ABOVE_BATCH, NAMES, up_to
 
-UTTERANCES = 8
-SHORTEST, LONGEST = 2.0, 8.0  # seconds: long enough to be speech, short enough for a quick answer
+__all__ = ["RungFailed", "check_fit", "choose", "climb", "learn_by_heart", "main", "without_regularisation"]
 
-
-class RungFailed(RuntimeError):
-    """A rung that was not climbed. The message says what was reached and what that means."""
-
-
-def without_regularisation(cfg):
-    """The configuration with every dropout at 0 and no SpecAugment or dither."""
-    from omegaconf import open_dict
-
-    with open_dict(cfg):
-        cfg.model.spec_augment = None
-        cfg.model.preprocessor.dither = 0.0
-        cfg.init_from = None
-        for key in cfg.model.encoder:
-            if key.startswith("dropout"):
-                cfg.model.encoder[key] = 0.0
-    return cfg
-
-
-def check_fit(model, rows: list[dict]) -> dict:
-    """Counts the utterances whose CTC loss would be infinite, with the model's own length function."""
-    import torch
-
-    from recipes.lengths import adjacent_repeats
-
-    encode, rate = model.text_encoder(), model.preprocessor._sample_rate
-    samples = torch.tensor([int(row["duration"] * rate) for row in rows])
-    frames = model.encoder.output_lengths(model.preprocessor.featurizer.get_seq_len(samples).long())
-    worst, infeasible = 0.0, []
-    for row, room in zip(rows, frames.tolist()):
-        target = torch.tensor([encode(row["text"])])
-        need = target.shape[1] + int(adjacent_repeats(target, torch.tensor([target.shape[1]])))
-        worst = max(worst, need / max(room, 1))
-        if need > room:
-            infeasible.append(str(row.get("utterance", row["audio_filepath"])))
-    return {"utterances": len(rows), "infeasible": len(infeasible), "examples": infeasible[:10],
-            "tightest": round(worst, 3)}
-
-
-def choose(rows: list[dict], count: int = UTTERANCES) -> list[dict]:
-    """`count` utterances spread over the manifest, of 2 to 8 seconds where there are enough such."""
-    short = [row for row in rows if SHORTEST <= row["duration"] <= LONGEST]
-    pool = short if len(short) >= count else sorted(rows, key=lambda row: row["duration"])[:count]
-    return [pool[i * len(pool) // count] for i in range(min(count, len(pool)))]
-
-
-def learn_by_heart(model, rows: list[dict], lr: float, max_steps: int, device="cpu") -> dict:
-    """Trains on one batch until its greedy WER is 0; returns steps, seconds, loss and the transcripts.
-
-    AdamW with a short warm-up and a constant rate after it. Raises RungFailed after `max_steps`, or at once where
-    the loss is not finite.
-    """
-    import torch
-
-    from recipes.data import manifest_loader
-    from recipes.metrics import count_errors
-
-    loader = manifest_loader(rows, model.preprocessor._sample_rate, model.text_encoder(), batch_seconds=1e9)
-    (audio_BT, audio_lengths, targets_BS, target_lengths, ids), positions = next(iter(loader))
-    references = [rows[p]["text"] for p in positions]
-    model = model.to(device).train()
-    optimizer = torch.optim.AdamW(model.parameters(), lr=lr, betas=(0.9, 0.98), weight_decay=0.0)
-    schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: min((step + 1) / 25, 1.0))
-    signal = {"input_signal": audio_BT.to(device), "input_signal_length": audio_lengths.to(device)}
-    targets_BS, target_lengths = targets_BS.to(device), target_lengths.to(device)
-    begin, curve, best = time.perf_counter(), [], None
-    for step in range(1, max_steps + 1):
-        log_probs, lengths, _ = model.forward(**signal)
-        loss = model.loss(log_probs, targets_BS, lengths, target_lengths)
-        if not torch.isfinite(loss):
-            raise RungFailed(f"the loss is {float(loss)} at step {step} of one batch: lower model.optim.lr, now {lr:g}")
-        optimizer.zero_grad()
-        loss.backward()
-        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
-        optimizer.step()
-        schedule.step()
-        # Decoding costs a forward pass, so it waits until the loss says that it may have worked.
-        if step < max_steps and (step % 10 or (float(loss) > 0.7 and step % 50)):
-            continue
-        model.eval()
-        with torch.no_grad():
-            log_probs, lengths, _ = model.forward(**signal)
-        model.train()
-        texts = model.decoding.ctc_decoder_predictions_tensor(log_probs, decoder_lengths=lengths)
-        texts = [text if isinstance(text, str) else text.text for text in texts]
-        words, _ = count_errors(references, texts)
-        seconds = time.perf_counter() - begin
-        curve.append({"step": step, "seconds": round(seconds, 1), "loss": round(float(loss), 4), "wer": round(words.rate, 4)})
-        best = {"step": step, "seconds": round(seconds, 1), "loss": float(loss), "wer": words.rate}
-        print(f"   one batch: step {step}  loss {float(loss):.3f} a character  WER {words.rate:.1%}", flush=True)
-        if words.errors == 0:
-            pairs = [{"utterance": i, "reference": r, "hypothesis": h} for i, r, h in zip(ids, references, texts)]
-            return {**best, "utterances": len(ids), "curve": curve, "transcripts": pairs}
-    raise RungFailed(
-        f"one batch of {len(ids)} utterances was not learned by heart in {max_steps} steps: WER {best['wer']:.1%}, loss "
-        f"{best['loss']:.3f} a character. The fault is in the model, the targets or the loss, not in the amount of data"
-    )
-
-
-def climb(cfg, max_steps: int) -> dict:
-    """Both rungs for a composed configuration; returns what was measured. Raises RungFailed."""
-    import lightning.pytorch as pl
-    import torch
-    from omegaconf import open_dict
-
-    from recipes.data import read_rows
-    from recipes.train import build_model, fill_in
-
-    pl.seed_everything(cfg.seed, verbose=False)
-    cfg = without_regularisation(cfg)
-    quiet_nemo()
-    manifests = cfg.model.train_ds.manifest_filepath
-    rows = read_rows(manifests if isinstance(manifests, str) else list(manifests))
-    with open_dict(cfg):
-        fill_in(cfg)
-    model = build_model(cfg)
-    fit = check_fit(model, [row for row in rows if row["duration"] <= cfg.model.train_ds.max_duration])
-    print(
-        f"   targets fit into the output of {cfg.name}: {fit['utterances'] - fit['infeasible']} of {fit['utterances']} "
-        f"utterances; the tightest uses {fit['tightest']:.0%} of its frames", flush=True,
-    )
-    if fit["infeasible"] > 0.05 * fit["utterances"]:
-        raise RungFailed(
-            f"{fit['infeasible']} of {fit['utterances']} targets do not fit into the output, for example {fit['examples'][:3]}: "
-            "lower the encoder's subsampling factor, or use BPE"
-        )
-    device = "cuda" if cfg.trainer.accelerator != "cpu" and torch.cuda.is_available() else "cpu"
-    return {"recipe": cfg.name, "fit": fit, "batch": learn_by_heart(model, choose(rows), cfg.model.optim.lr, max_steps, device)}
+EXIT_FAILED, EXIT_ENDED = 1, 143
 
 
 def main(arguments: list[str] | None = None) -> int:
+    """Climbs; returns the exit status: 0 where all rungs asked for were climbed, 143 where it was asked to end."""
     parser = argparse.ArgumentParser(prog="python -m tools.ladder", description=__doc__,
                                      formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--rungs", choices=["batch"], default="batch", help="the last rung to climb")
-    parser.add_argument("--out", type=Path, help="JSON to write")
-    parser.add_argument("--max-steps", type=int, default=1000)
+    parser.add_argument("--rungs", choices=NAMES, default="batch", help="the last rung to climb")
+    parser.add_argument("--out", type=Path, help="with --rungs batch the JSON to write, else a folder")
+    parser.add_argument("--max-steps", type=int, default=1000, help="of the rung batch")
+    for name, kind in (("target", "character error rate to reach, 0.2"), ("epochs", "passes before it gives up"),
+                       ("minutes", "minutes of training before it gives up")):
+        parser.add_argument(f"--{name}", action="append", default=[], metavar="RUNG=VALUE",
+                            help=f"of a rung above batch: {kind}; may be given several times")
     parser.add_argument("--config-name", default="deepspeech2")
     parser.add_argument("overrides", nargs="*", help="Hydra overrides, as for recipes/train.py")
     args = parser.parse_args(arguments)
+    changes = {name: _changes(parser, name, getattr(args, name)) for name in ("target", "epochs", "minutes")}
     set_threads()
     quiet_imports()
     try:
-        measured = climb(compose(args.config_name, args.overrides), args.max_steps)
-    except (ConfigError, RungFailed) as error:
+        return _one_batch(args) if args.rungs == "batch" else _ladder(args, changes)
+    except (ConfigError, ManifestError, RungFailed) as error:
         print(f"ladder: {error}", file=sys.stderr)
-        return 1
+        return EXIT_FAILED
+
+
+def _changes(parser, field: str, given: list[str]) -> dict[str, float]:
+    """{rung: value} of RUNG=VALUE, each checked."""
+    changed = {}
+    for item in given:
+        name, _, value = item.partition("=")
+        valid = [rung.name for rung in ABOVE_BATCH if field != "epochs" or not rung.whole]
+        if name not in valid:
+            hint = "; of all it is the recipe's own, training.epochs=N" if (field, name) == ("epochs", "all") else ""
+            parser.error(f"--{field} {item}: the rung must be one of {', '.join(valid)}{hint}")
+        try:
+            changed[name] = float(value)
+        except ValueError:
+            changed[name] = 0.0
+        if not 0 < changed[name] < (1 if field == "target" else 1e6):
+            below = " and below 1" if field == "target" else ""
+            parser.error(f"--{field} {item}: {value!r} must be a number over 0{below}")
+    return changed
+
+
+def _one_batch(args) -> int:
+    measured = climb(compose(args.config_name, args.overrides), args.max_steps)
     batch = measured["batch"]
-    print(f"   one batch of {batch['utterances']} learned by heart: WER 0 at step {batch['step']}, {batch['seconds']:.0f} s")
+    print(f"   one batch of {batch['utterances']} learned by heart: WER 0 at step {batch['step']}, "
+          f"{batch['seconds']:.0f} s")
     if args.out:
-        args.out.parent.mkdir(parents=True, exist_ok=True)
-        part = args.out.with_suffix(".part")
-        part.write_text(json.dumps(measured, indent=1, ensure_ascii=False) + "\n")
-        os.replace(part, args.out)
+        write_atomic(args.out, (json.dumps(measured, indent=1, ensure_ascii=False) + "\n").encode())
     return 0
+
+
+def _ladder(args, changes: dict[str, dict[str, float]]) -> int:
+    from tools.ladder.climb import Interrupted, Ladder, TrainingFailed
+    from tools.ladder.climb import climb as climb_rungs
+    from tools.ladder.table import markdown
+
+    out = args.out.resolve() if args.out else None
+    if out is not None and (out.is_file() or out.suffix == ".json"):
+        raise ConfigError(f"--out {args.out}: above the rung batch this is a folder")
+    os.chdir(ROOT)  # paths in the YAML files are relative to the root
+    if out is None:
+        cfg = compose(args.config_name, args.overrides)
+        out = Path(cfg.exp_manager.explicit_log_dir).resolve() / "ladder"
+    rungs = up_to(args.rungs, {
+        rung.name: {field: values[rung.name] for field, values in changes.items() if rung.name in values}
+        for rung in ABOVE_BATCH
+    })
+    ladder = Ladder(args.config_name, args.overrides, out)
+    try:
+        good = climb_rungs(ladder, rungs, args.max_steps)
+    except TrainingFailed as error:
+        print(f"ladder: {error}", file=sys.stderr)
+        return EXIT_FAILED
+    except Interrupted as error:
+        print(f"ladder: {error}", file=sys.stderr)
+        return EXIT_ENDED
+    written = json.loads((out / "ladder.json").read_text())
+    print("\n".join(line for line in markdown(written) if line.startswith("|")))
+    print(f"{out}/ladder.md")
+    if good:
+        return 0
+    print(f"ladder: {ladder.results[-1]['verdict']}", file=sys.stderr)
+    return EXIT_FAILED
 
 
 if __name__ == "__main__":
