@@ -56,8 +56,6 @@ def command_line() -> argparse.ArgumentParser:
     pack.set_defaults(run=run_pack)
 
     unpack = command("unpack", "verify the parts that have arrived and unpack them; also for what comes home")
-    unpack.add_argument("--parts", type=Path, nargs="+", help="folders with parts (default: where the first part lies)")
-    unpack.add_argument("--to", type=Path, required=True, help="folder to unpack to")
     unpack.set_defaults(run=run_unpack)
 
     install = command("install", "on the node: make the environment without an index, and check it")
@@ -74,6 +72,28 @@ def command_line() -> argparse.ArgumentParser:
 
     train = command("train", "on the node: train the models one after the other, evaluate each")
     directory(train)
+    train.set_defaults(run=run_train)
+    collect = command("collect", "on the node: pack metrics, curves, predictions and fp16 weights for the way home")
+    directory(collect)
+    collect.set_defaults(run=run_collect)
+    everything = command("all", "on the node: unpack, install, train and collect in one command")
+    everything.set_defaults(run=run_all, no_check=False, device=None)
+    for parsed in (unpack, everything):
+        parsed.add_argument("--parts", type=Path, nargs="+", metavar="FOLDER",
+                            help="folders with parts (default: where the first part lies)")
+        parsed.add_argument("--to", type=Path, required=True, help="folder to unpack to")
+    for parsed in (train, everything):
+        training_options(parsed)
+    for parsed in (collect, everything):
+        parsed.add_argument("--out", type=Path, required=True, help="folder for the parts and their index")
+        parsed.add_argument("--part-size", default="16MiB", help="size of a file at most")
+        parsed.add_argument("--files", type=int, default=8, help="number of files at most, the index counted")
+        parsed.add_argument("--no-weights", action="store_true", help="leave the weights there")
+    collect.add_argument("--exp", type=Path, help="folder of the runs (default DIR/exp)")
+    return parser
+
+
+def training_options(train: argparse.ArgumentParser) -> None:
     train.add_argument("--models", default="deepspeech2,conformer,deepspeech", help="recipes, separated by commas")
     train.add_argument("--corpus", required=True, help="a corpus of the bundle")
     train.add_argument("--minutes", type=float, help="training time a model; without it the recipe's own length")
@@ -85,17 +105,6 @@ def command_line() -> argparse.ArgumentParser:
     train.add_argument("--exp", type=Path, help="folder for the runs (default DIR/exp)")
     train.add_argument("overrides", nargs="*", help="for recipes.train: KEY=VALUE, or MODEL:KEY=VALUE for one model; "
                        "trainer=gpu is set where there is a GPU")
-    train.set_defaults(run=run_train)
-
-    collect = command("collect", "on the node: pack metrics, curves, predictions and fp16 weights for the way home")
-    directory(collect)
-    collect.add_argument("--out", type=Path, required=True, help="folder for the parts and their index")
-    collect.add_argument("--part-size", default="16MiB", help="size of a file at most")
-    collect.add_argument("--files", type=int, default=8, help="number of files at most, the index counted")
-    collect.add_argument("--exp", type=Path, help="folder of the runs (default DIR/exp)")
-    collect.add_argument("--no-weights", action="store_true", help="leave the weights there")
-    collect.set_defaults(run=run_collect)
-    return parser
 
 
 def directory(parser: argparse.ArgumentParser) -> None:
@@ -137,11 +146,10 @@ def run_install(args) -> int:
 
 
 def run_check(args) -> int:
-    from tools.offline_bundle.node import become
+    from tools.offline_bundle.node import run_program
 
     dest = args.dir.absolute()
-    become(dest, ["tools.offline_bundle.check", "--dir", str(dest), *check_arguments(args)])
-    return 0
+    return run_program(dest, ["tools.offline_bundle.check", "--dir", str(dest), *check_arguments(args)])
 
 
 def check_arguments(args) -> list[str]:
@@ -149,7 +157,7 @@ def check_arguments(args) -> list[str]:
 
 
 def run_train(args) -> int:
-    from tools.offline_bundle.node import become, installed_index
+    from tools.offline_bundle.node import installed_index, run_program
 
     dest = args.dir.absolute()
     installed_index(dest)
@@ -164,8 +172,7 @@ def run_train(args) -> int:
         "evaluate": [str(path.absolute()) for path in args.evaluate],
         "exp": str(args.exp.absolute()) if args.exp else None,
     }
-    become(dest, ["tools.offline_bundle.train", json.dumps(options)])
-    return 0
+    return run_program(dest, ["tools.offline_bundle.train", json.dumps(options)])
 
 
 def run_collect(args) -> int:
@@ -173,6 +180,18 @@ def run_collect(args) -> int:
 
     collect(args.exp or args.dir / "exp", args.out, parse_size(args.part_size), args.files, not args.no_weights)
     return 0
+
+
+def run_all(args) -> int:
+    """Unpack, install, train, collect. What there is comes home also where the training was cut or a model failed."""
+    args.dir = args.to
+    for step in (run_unpack, run_install):
+        if status := step(args):
+            return status
+    status = run_train(args)
+    if any((args.exp or args.dir / "exp").glob("*/offline/plan.json")):
+        run_collect(args)
+    return status
 
 
 def main(arguments: list[str] | None = None) -> int:

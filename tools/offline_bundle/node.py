@@ -10,6 +10,7 @@ import json
 import os
 import platform
 import shutil
+import signal
 import site
 import subprocess
 import sys
@@ -137,8 +138,7 @@ def install(dest: Path, check: bool = True, check_arguments: list[str] | None = 
             f"in {time.monotonic() - begin:.0f} s")
     if not check:
         return 0
-    command = [str(python_of(dest)), "-m", "tools.offline_bundle.check", "--dir", str(dest), *(check_arguments or [])]
-    return subprocess.run(command, cwd=dest / "project").returncode
+    return run_program(dest, ["tools.offline_bundle.check", "--dir", str(dest), *(check_arguments or [])])
 
 
 def fits_here(index: dict) -> None:
@@ -181,13 +181,20 @@ def make_environment(dest: Path, wheels: list[Path]) -> None:
         raise BundleError(f"pip: {lines[-1].strip() if lines else 'failed without a message'}")
 
 
-def become(dest: Path, module: list[str]) -> None:
-    """Goes on as `python -m MODULE ARGS` of the environment, in DEST/project; signals then reach it directly.
+def run_program(dest: Path, module: list[str]) -> int:
+    """Runs `python -m MODULE ARGS` of the environment in DEST/project, hands SIGTERM on to it, returns its exit status.
 
     Raises BundleError where nothing is installed.
     """
     if not (dest / "venv" / INSTALLED).is_file():
         raise BundleError(f"{dest / 'venv'}: not installed: run install --dir {dest} first")
-    os.chdir(dest / "project")
-    sys.stdout.flush()
-    os.execv(python_of(dest), [str(python_of(dest)), "-m", *module])
+    process = subprocess.Popen([str(python_of(dest)), "-m", *module], cwd=dest / "project")
+    before = signal.signal(signal.SIGTERM, lambda *_: process.send_signal(signal.SIGTERM))
+    try:
+        while True:
+            try:
+                return process.wait()
+            except KeyboardInterrupt:  # the terminal sends it to the program as well, which ends by itself
+                continue
+    finally:
+        signal.signal(signal.SIGTERM, before)

@@ -323,7 +323,33 @@ class TestHome:
 
 
 class TestCommands:
-    @pytest.mark.parametrize("command", ["have", "pack", "unpack", "install", "check", "train", "collect"])
+    def test_all_in_one_brings_home_what_a_cut_training_has_done(self, bundle, tmp_path, monkeypatch):
+        from tools.offline_bundle import __main__ as commands
+
+        def run_train(args):
+            notes = args.dir / "exp" / "conformer_small" / "offline"
+            notes.mkdir(parents=True)
+            (notes / "plan.json").write_text("{}")
+            return train.EXIT_CUT
+
+        monkeypatch.setattr(commands, "run_install", lambda args: 0)
+        monkeypatch.setattr(commands, "run_train", run_train)
+        words = ["all", "--parts", str(bundle.out), "--to", str(tmp_path / "dest"), "--corpus", "small", "--minutes",
+                 "8", "--out", str(tmp_path / "home")]
+        assert main(words) == train.EXIT_CUT
+        assert (tmp_path / "home" / "home-001.zip").is_file()
+        next(bundle.out.glob("*.zip")).unlink()
+        assert main([*words[:4], str(tmp_path / "fresh"), *words[5:]]) == node.EXIT_WAITING
+
+    def test_a_program_is_asked_to_end_by_the_same_signal(self, tmp_path):
+        (tmp_path / "project").mkdir()
+        (tmp_path / "venv" / "bin").mkdir(parents=True)
+        (tmp_path / "venv" / node.INSTALLED).touch()
+        node.python_of(tmp_path).symlink_to(sys.executable)
+        program = f"import os, signal, time; os.kill({os.getpid()}, signal.SIGTERM); time.sleep(60)"
+        assert node.run_program(tmp_path, ["timeit", "-n", "1", "-r", "1", program]) == -15
+
+    @pytest.mark.parametrize("command", ["have", "pack", "unpack", "install", "check", "train", "collect", "all"])
     def test_help(self, command, capsys):
         with pytest.raises(SystemExit) as ended:
             main([command, "--help"])
