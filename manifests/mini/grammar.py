@@ -1,7 +1,8 @@
 """The sentence grammar of the embedded corpus: reads the rule files beside this module and expands them at random.
 
-A rule file (``grammar.txt``, ``newwords.txt``) holds classes ``NAME = a | b | c`` and sentence frames ``* ...`` with
-``{NAME}`` and ``(x|y|)``; its head explains the notation. Expansion uses nothing but the ``random.Random`` passed in.
+A rule file (``grammar.txt``, ``newwords.txt``) holds classes ``NAME = a | b | c`` and sentence frames ``* ...``, or
+``+ ...`` for train only, with ``{NAME}`` and ``(x|y|)``; its head explains the notation. Expansion uses nothing but the
+``random.Random`` passed in.
 """
 
 from __future__ import annotations
@@ -23,30 +24,32 @@ class GrammarError(ValueError):
 class Grammar:
     """Classes and sentence frames; ``expand`` turns a frame into a spoken line (words, commas, question mark).
 
-    ``frames``: the frames as they are written, in the order of the files. Raises GrammarError for a bad rule file.
+    ``frames``, ``train_only``: the frames as they are written, in the order of the files; those of ``train_only``
+    make train sentences and no others. Raises GrammarError for a bad rule file.
     """
 
     def __init__(self, *names: str):
         self.classes: dict[str, list[str]] = {}
         self.frames: list[str] = []
+        self.train_only: list[str] = []
         for name in names:
             self._read(HERE / name)
         # A frame or alternative becomes a list of parts: words as they stand, or a list of alternatives (their parts).
         self._compiled_classes: dict[str, list] = {name: [] for name in self.classes}
         for name, alternatives in self.classes.items():
             self._compiled_classes[name] += [self._compile(text) for text in alternatives]
-        self._compiled = {frame: self._compile(frame) for frame in self.frames}
+        self._compiled = {frame: self._compile(frame) for frame in self.frames + self.train_only}
 
     def _read(self, path: Path) -> None:
         current = None
         for number, line in enumerate(path.read_text(encoding="ascii").splitlines(), 1):
             if not line.strip() or line.startswith("#"):
                 current = None
-            elif line.startswith("* "):
-                self.frames.append(line[2:].strip())
-                current = self.frames
-            elif line[0].isspace() and current is self.frames:
-                self.frames[-1] += " " + line.strip()
+            elif line.startswith(("* ", "+ ")):
+                current = self.frames if line[0] == "*" else self.train_only
+                current.append(line[2:].strip())
+            elif line[0].isspace() and (current is self.frames or current is self.train_only):
+                current[-1] += " " + line.strip()
             elif line[0].isspace() and current is not None:
                 current += _alternatives(line.strip().strip("|"))
             elif match := _CLASS.match(line):
@@ -71,9 +74,10 @@ class Grammar:
                 raise GrammarError(f"stray {match[4]!r} in {text[:60]!r}: brackets must be closed and not nested")
         return parts
 
-    def vocabulary(self) -> set[str]:
-        """Every word that a sentence of this grammar can hold, "an" included."""
-        words, seen, todo = {"an"}, set(), list(self._compiled.values())
+    def vocabulary(self, train_only: bool = True) -> set[str]:
+        """Every word that a sentence of this grammar can hold, "an" included; or of the frames of all subsets alone."""
+        frames = self.frames + (self.train_only if train_only else [])
+        words, seen, todo = {"an"}, set(), [self._compiled[frame] for frame in frames]
         while todo:
             for part in todo.pop():
                 if isinstance(part, str):

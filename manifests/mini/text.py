@@ -1,10 +1,11 @@
 """The sentences of the embedded corpus: which ones are in train, dev and the three test parts.
 
-Train is drawn so that rare words are somewhat preferred, and so that no word passes its cap. Dev and test sentences
-come from the same grammar, use only words that train has at least eight times (English spelling has to be heard to be
-learned; what a model does with words it never heard is what the third test part asks), and
-share at most two thirds of their words with any one train sentence. The sentences of ``test-new-words`` have frames of
-their own (``newwords.txt``), in which two or three words are never in train.
+Train is drawn so that each word comes up about as often as it is wanted, and so that no word passes its cap: words that
+dev or a test may hold ``WANTED`` times, the others, which are there for their spelling, ``HEARD`` times. Dev and test
+sentences come from the same grammar, use only words that train has at least twelve times (English spelling has to be
+heard to be learned; what a model does with words it never heard is what the third test part asks), and share at most
+two thirds of their words with any one train sentence. The sentences of ``test-new-words`` have frames of their own
+(``newwords.txt``), in which two or three words are never in train.
 """
 
 from __future__ import annotations
@@ -16,16 +17,17 @@ from functools import lru_cache
 
 from manifests.mini.grammar import Grammar, words_of
 
-SIZES = {"train": 1200, "dev": 150, "test-known": 115, "test-unseen-voices": 115, "test-new-words": 120}
+SIZES = {"train": 1300, "dev": 150, "test-known": 115, "test-unseen-voices": 115, "test-new-words": 120}
 TESTS = ("test-known", "test-unseen-voices", "test-new-words")
 SHORTEST, LONGEST = 4, 14  # words
 CAPS = {"the": 0.077, "a": 0.06}  # largest share of the train tokens; other words: CAP
 CAP = 0.04
-KNOWN = 8  # a word of dev or a known-word test is in train at least this often
-RARITY = 0.3  # how much a rare word is preferred to a common one in train
+KNOWN = 12  # a word of dev or a test is in train at least this often, the new words excepted
+WANTED, HEARD = 15, 6  # how often a word is wanted in train: of those that dev or a test may hold, of the others
+URGENCY = 2.4  # how much more a missing word of the first kind counts than one of the second
 NEW_RARITY = 2.5  # the same among the new words, which should come up about equally often
 NEW_SHARE = 0.10  # words never in train, of all test tokens
-CANDIDATES = 24  # expansions that compete for each place in train
+CANDIDATES = 64  # expansions that compete for each place in train
 REPEATABLE = frozenset("the a an and to in on of is was".split())
 CLASHES = ({"i", "me"}, {"i", "us"}, {"we", "us"}, {"we", "me"})  # "i gave me"
 OWN = "OWN"  # in a frame: the possessive of the first person named
@@ -88,22 +90,21 @@ class _Drawer:
         self.trained: list[int] = []  # the words of each train sentence
         self.held: list[tuple[int, int]] = []  # the same of dev and known-word tests, and the words they may share
         self.counts: Counter[str] = Counter()
-        self.uses: Counter[str] = Counter()  # of each frame, in train
+        self.asked = Grammar("grammar.txt", "newwords.txt").vocabulary(train_only=False)
 
     def train(self, count: int) -> list[Sentence]:
-        """``count`` new train sentences: of several candidates the one whose words are rarest so far."""
+        """``count`` new train sentences: of several candidates the one whose words are wanted most."""
         out: list[Sentence] = []
         total = sum(self.counts.values())
         while len(out) < count:
-            best, best_score = None, -1.0
+            best, best_score = None, float("-inf")
             for _ in range(CANDIDATES):
-                frame = min((self._frame() for _ in range(3)), key=self.uses.__getitem__)
-                sentence = draw(self.grammar, frame, self.rng)
+                sentence = draw(self.grammar, self._train_frame(), self.rng)
                 if sentence is None or sentence.words in self.taken or self._over_cap(sentence.words, total):
                     continue
-                score = sum((1 + self.counts[word]) ** -RARITY for word in sentence.words)
+                score = sum(self._want(word) for word in sentence.words)
                 if score > best_score:
-                    best, best_score, best_frame = sentence, score, frame
+                    best, best_score = sentence, score
             if best is not None:
                 mask = self._mask(best.words)
                 if any((mask & held).bit_count() > shared for held, shared in self.held):
@@ -112,12 +113,23 @@ class _Drawer:
                 self.taken.add(best.words)
                 self.counts.update(best.words)
                 self.trained.append(mask)
-                self.uses[best_frame] += 1
                 total += len(best.words)
         return out
 
     def _frame(self) -> str:
         return self.grammar.frames[int(self.rng.random() * len(self.grammar.frames))]
+
+    def _train_frame(self) -> str:
+        """One of the frames of all subsets or, as often, one of those of train alone."""
+        if self.rng.random() < 0.5:
+            return self._frame()
+        return self.grammar.train_only[int(self.rng.random() * len(self.grammar.train_only))]
+
+    def _want(self, word: str) -> float:
+        """From ``URGENCY`` or 1 for a word that train does not have yet down to 0 for one that it has often enough."""
+        if word in self.asked:
+            return URGENCY * max(0.0, 1 - self.counts[word] / WANTED)
+        return max(0.0, 1 - self.counts[word] / HEARD)
 
     def _over_cap(self, words: tuple[str, ...], total: int) -> bool:
         if total < 500:  # shares mean nothing yet
@@ -137,13 +149,14 @@ class _Drawer:
     def held_out(self, count: int) -> list[Sentence]:
         """``count`` sentences of known words, each far enough from every train sentence."""
         out: list[Sentence] = []
-        used: Counter[str] = Counter()
+        used: Counter[str] = Counter()  # words and frames
         while len(out) < count:
-            drawn = [draw(self.grammar, self._frame(), self.rng) for _ in range(4)]
-            fit = [s for s in drawn if s and self._is_held_out(s)]
+            frames = [min((self._frame() for _ in range(3)), key=used.__getitem__) for _ in range(4)]
+            drawn = [(frame, draw(self.grammar, frame, self.rng)) for frame in frames]
+            fit = [(frame, s) for frame, s in drawn if s and self._is_held_out(s)]
             if fit:
-                best = min(fit, key=lambda s: sum(used[word] for word in s.words) / len(s.words))
-                used.update(best.words)
+                frame, best = min(fit, key=lambda f: sum(used[word] for word in f[1].words) / len(f[1].words))
+                used.update([frame, *best.words])
                 self.taken.add(best.words)
                 self.held.append((self._mask(best.words), len(set(best.words)) - needed_difference(best.words)))
                 out.append(best)
