@@ -233,7 +233,7 @@ def test_rungs_go_on_where_they_were_cut_are_not_run_again_and_the_first_that_fa
     assert cut["hours"] == pytest.approx(sum(row["duration"] for row in chosen) / 3600, abs=1e-4)
 
     # More time: it goes on from its checkpoint, is climbed, and the next one is trained by the recipe as it is.
-    ladder = Ladder("deepspeech2", given, out)
+    ladder = Ladder("deepspeech2", given, out, ["--rungs", "all"])
     assert not climb_rungs(ladder, [FEW, hopeless], max_steps=None)
     climbed, fallen = ladder.results
     assert f"resumed at step {cut['trained_steps']}" in capsys.readouterr().out
@@ -245,6 +245,7 @@ def test_rungs_go_on_where_they_were_cut_are_not_run_again_and_the_first_that_fa
     written = json.loads((out / "ladder.json").read_text())
     assert [rung["passed"] for rung in written["rungs"]] == [True, False]
     table = (out / "ladder.md").read_text()
+    assert "`python -m tools.ladder --rungs all --config-name deepspeech2 corpus.train=" in table
     assert table.count("\n| ") == 3 and "| learned |" in table and "| failed |" in table
     assert (out / "ladder.png").read_bytes().startswith(b"\x89PNG")
     assert {path.name for path in (out / "64" / "evaluation" / "dev").iterdir()} == {

@@ -102,7 +102,10 @@ def _ladder(args, changes: dict[str, dict[str, float]]) -> int:
         rung.name: {field: values[rung.name] for field, values in changes.items() if rung.name in values}
         for rung in ABOVE_BATCH
     })
-    ladder = Ladder(args.config_name, args.overrides, out)
+    options = ["--rungs", args.rungs, *(["--out", str(args.out)] if args.out else [])]
+    options += [part for field, values in changes.items() for name, value in values.items()
+                for part in (f"--{field}", f"{name}={value:g}")]
+    ladder = Ladder(args.config_name, args.overrides, out, options)
     try:
         good = climb_rungs(ladder, rungs, args.max_steps)
     except TrainingFailed as error:

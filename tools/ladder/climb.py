@@ -17,6 +17,7 @@ from __future__ import annotations
 import csv
 import hashlib
 import json
+import shlex
 import shutil
 from pathlib import Path
 
@@ -54,10 +55,12 @@ def climb(ladder: "Ladder", rungs: list[Rung], max_steps: int | None = 1000) -> 
 class Ladder:
     """A recipe with its overrides, the folder of its ladder, and the results so far.
 
+    `options` are those of the command line, for the record only.
+
     Raises ConfigError for a configuration that cannot train, ManifestError for a manifest that cannot be read.
     """
 
-    def __init__(self, recipe: str, overrides: list[str], out: Path):
+    def __init__(self, recipe: str, overrides: list[str], out: Path, options: list[str] = ()):
         self.recipe, self.overrides, self.out = recipe, list(overrides), Path(out)
         self.cfg = compose(recipe, self.overrides)
         data = self.cfg.model.train_ds
@@ -69,7 +72,7 @@ class Ladder:
         self.about = {
             "recipe": self.cfg.name,
             "corpus": self.cfg.corpus.name,
-            "overrides": self.overrides,
+            "command": shlex.join(["python", "-m", "tools.ladder", *options, "--config-name", recipe, *self.overrides]),
             "unit": "token" if self.tokens else "character",
         }
         self.results: list[dict] = []

@@ -22,14 +22,12 @@ def write(out: Path, about: dict, results: list[dict]) -> None:
 
 def markdown(ladder: dict) -> list[str]:
     """Lines of ladder.md: the table, and in words what the last rung says."""
-    given = " ".join(ladder["overrides"])
     lines = [
         f"# The ladder of {ladder['recipe']} on {ladder['corpus']}",
         "",
-        f"`python -m tools.ladder --rungs {ladder['rungs'][-1]['rung']} --config-name {ladder['recipe']} {given}`, "
-        f"commit {ladder['commit']}, {ladder['hardware']}. Steps and minutes are those to the target, and of the "
-        "whole run where it was not reached; train is what the rung trains on (64 utterances of it), in evaluation "
-        "mode.",
+        f"`{ladder['command']}`, commit {ladder['commit']}, {ladder['hardware']}. Steps and minutes are those to the "
+        "target, and of the whole run where it was not reached; train is what the rung trains on (64 utterances of "
+        "it), in evaluation mode.",
         "",
         "| rung | utterances | hours | steps | minutes | target CER % | train CER % | dev CER % | dev WER % | verdict"
         " |",
@@ -79,6 +77,8 @@ def draw(curves: dict[str, Path], out: Path, unit: str = "character") -> None:
                     axis.plot(*zip(*points), line, color=colour, linewidth=1.4, label=f"{name}: {what}",
                               marker="o" if len(points) < 10 else None, markersize=3)
         axis.set_xscale("log")
+        axis.xaxis.set_major_formatter(lambda step, _: f"{step:g}")  # 20 and not 2 x 10^1
+        axis.xaxis.set_minor_formatter(lambda step, _: f"{step:g}" if f"{step:g}"[0] in "25" else "")
         axis.set_ylim(bottom=0, top=6)
         axis.set_xlabel("step")
         axis.set_title(f"loss, nats a {unit}", loc="left", fontsize=9)
