@@ -17,6 +17,8 @@ from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from manifests.shards_format import is_sharded, shard_path
+
 # The characters of the project's CTC labels; the blank comes after them (index 28).
 LABELS = (" ", *"abcdefghijklmnopqrstuvwxyz", "'")
 
@@ -284,7 +286,10 @@ def resolve_audio(row: dict[str, Any], manifest_path: str | os.PathLike) -> str:
 
     As NeMo 3.0.0 does it (`get_full_path`): an absolute path as it is, `~` expanded, a relative path from the
     manifest's folder, and only where that does not exist but the same from the working folder does, the latter.
+    Of a row of shards it is the place in the tar, which `manifests.shards_format.read_shard` reads.
     """
+    if is_sharded(row):
+        return shard_path(row, manifest_path)
     audio = row["audio_filepath"]
     if os.path.isabs(audio):
         return audio

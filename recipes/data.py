@@ -287,13 +287,11 @@ def read_audio(row: dict, sample_rate: int) -> np.ndarray:
 
 
 def read_rows(manifests) -> list[dict]:
-    """Rows of one or several manifests (path, or list of paths) with audio paths resolved, also those of shards."""
+    """Rows of one or several manifests (path, or list of paths) with audio paths resolved."""
     if isinstance(manifests, (str, Path)):
         manifests = [manifests]
     return [
-        {**row, "audio_filepath": str(shard_path(row, path) if is_sharded(row) else resolve_audio(row, path))}
-        for path in manifests
-        for row in read_manifest(path)
+        {**row, "audio_filepath": str(resolve_audio(row, path))} for path in manifests for row in read_manifest(path)
     ]
 
 

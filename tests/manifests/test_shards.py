@@ -18,6 +18,7 @@ from manifests import shards
 from manifests.schema import ManifestError, read_manifest
 from manifests.shards import main, verify_shards, write_shards
 from manifests.shards_format import COMBINED, ShardError, read_shard, shard_path
+from manifests.validate import validate
 from tests.recipes.tiny import RATE, write_audio, write_rows
 
 ROOT = Path(__file__).parents[2]
@@ -248,6 +249,21 @@ def test_a_manifest_and_tars_of_different_runs_are_told_apart(manifest, written,
     os.truncate(tar, last["tar_offset"] + 10)
     with pytest.raises(ShardError, match=f"ends within .*, {last['tar_bytes'] - 10} bytes are missing"):
         read_shard(path, last)
+
+
+def test_the_validator_takes_the_manifest_of_shards(manifest, written, tmp_path):
+    labels = set("abcdefghijklmnopqrstuvwxyz 'ïé")
+
+    def errors(path, **more):
+        return [f for f in validate([path], labels, frames_per_second=0, **more).findings if f.severity == "error"]
+
+    assert errors(written / COMBINED, audio=True) == []
+    rows = read_manifest(written / COMBINED)
+    gone = write_rows(tmp_path / COMBINED, rows)
+    (tmp_path / "audio_1.tar").symlink_to(written / "audio_1.tar")
+    found = errors(gone)
+    assert {f.code for f in found} == {"missing_audio"} and "no audio at" in found[0].message
+    assert len(found) == sum(row["shard_id"] != 1 for row in rows)
 
 
 def test_the_writer_imports_nothing_heavy():

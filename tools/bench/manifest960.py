@@ -122,11 +122,9 @@ def _loader(folder: Path, manifest: str = "train.json"):
 
     path = folder / manifest
     cfg = compose("conformer", ["corpus=librispeech_960h", f"corpus.train={path}", f"corpus.validation={path}"])
-    train = OmegaConf.create(OmegaConf.to_container(cfg.model.train_ds, resolve=False))
-    train = OmegaConf.to_container(OmegaConf.merge(cfg, {"model": {"train_ds": train}}).model.train_ds, resolve=True,
-                                   throw_on_missing=False)
-    train["batch_duration"] = split_global_batch(cfg.training.global_batch_seconds, DEVICES, 1)
-    train["num_workers"] = 0
+    cfg.model.train_ds.batch_duration = split_global_batch(cfg.training.global_batch_seconds, DEVICES, 1)
+    cfg.model.train_ds.num_workers = 0
+    train = OmegaConf.to_container(cfg.model.train_ds, resolve=True)
     quiet_nemo()
     return lhotse_loader(train, CharEncoder(cfg.model.labels), 0, DEVICES)
 
@@ -202,14 +200,14 @@ def run_part(part: str, folder: Path, rows: int, source: str) -> dict:
 
 
 def _shown(part: dict) -> str:
-    words = []
+    words, cpu = [], max(part["cpu"], 0.01)
     if "hours" in part:
         words.append(f"{part['hours']:,} h, {part['bytes'] / 1e6:.0f} MB of manifest")
     elif "bytes" in part:
-        rates = part["rows"] / part["cpu"], part["bytes"] / part["cpu"] / 1e6
+        rates = part["rows"] / cpu, part["bytes"] / cpu / 1e6
         words.append(f"{rates[0]:,.0f} utterances and {rates[1]:,.0f} MB a second")
     elif "rows" in part and "batches" not in part:
-        words.append(f"{part['rows'] / part['cpu']:,.0f} rows a second")
+        words.append(f"{part['rows'] / cpu:,.0f} rows a second")
     if "shards" in part:
         words.append(f"{part['shards']} shards")
     if "batches" in part:
