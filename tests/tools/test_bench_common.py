@@ -1,9 +1,12 @@
 """What the benches share: turns, ratios within pairs, memory, files with their table; and the search for a batch."""
 
 import json
+import subprocess
+import sys
 
 import pytest
 
+from tests.conftest import ROOT
 from tools.bench import batch
 from tools.bench._common import (
     BenchError, Cost, fair_clock, guarded, measure, ratios, reset_peak, rss, save, shown, spread, take_turns
@@ -72,6 +75,14 @@ def test_an_error_is_one_line(capsys):
 
     assert guarded("conformer", fail) == 1 and guarded("conformer", lambda: None) == 0
     assert capsys.readouterr().err == "bench conformer: outputs differ\n"
+
+
+def test_the_list_of_benches_needs_neither_torch_nor_nemo():
+    code = ("import sys; from tools.bench.__main__ import main; main(['--help']); "
+            "sys.exit(sorted({'torch', 'nemo', 'lhotse'} & sys.modules.keys()) or 0)")
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert all(f"  {name} " in done.stdout for name in ("batch", "conformer", "deepspeech2", "evaluate", "loader"))
 
 
 def memory(bucket, utterances):
