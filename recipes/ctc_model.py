@@ -269,7 +269,8 @@ class _RecipeModel:
         }
 
     def validation_step(self, batch, batch_idx, dataloader_idx=0):
-        self._validation.append(self.validation_pass(batch, batch_idx, dataloader_idx))
+        if batch[1]:  # a rank without utterances gets one empty batch
+            self._validation.append(self.validation_pass(batch, batch_idx, dataloader_idx))
 
     def on_validation_epoch_end(self, sync_metrics: bool = False):
         outputs, self._validation = self._validation, []

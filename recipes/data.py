@@ -297,6 +297,8 @@ def read_rows(manifests) -> list[dict]:
 
 def manifest_loader(rows: list[dict], sample_rate: int, encode=None, batch_seconds: float = 240.0,
                     num_workers: int = 0, rank: int = 0, world_size: int = 1) -> DataLoader:
-    """Loader over ManifestBatches: yields (batch, positions in `rows`)."""
+    """Loader over ManifestBatches: yields (batch, positions in `rows`); one empty batch to a rank with no utterance."""
     dataset = ManifestBatches(rows, sample_rate, encode, batch_seconds, rank=rank, world_size=world_size)
+    if not dataset.groups and world_size > 1:
+        dataset.groups.append([])  # Lightning would skip validation here, and the other ranks wait for this one's sums
     return DataLoader(dataset, batch_size=None, num_workers=num_workers)

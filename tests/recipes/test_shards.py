@@ -229,7 +229,7 @@ def test_two_processes_end_together_where_one_has_less_data(data, tmp_path):
     ]
     done = subprocess.run([sys.executable, "recipes/train.py", *arguments], cwd=ROOT, capture_output=True, text=True,
                           timeout=400)
-    assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-3000:]
+    assert done.returncode == 0, done.stdout[-2000:] + done.stderr[:3000] + done.stderr[-3000:]
     assert list(losses(tmp_path / "exp")) == list(range(1, STEPS + 1))
     with open(tmp_path / "exp" / "curve.csv", newline="") as file:
         assert sum(bool(row["val_wer"]) for row in csv.DictReader(file)) == STEPS // 3
