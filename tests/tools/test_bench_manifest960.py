@@ -8,7 +8,7 @@ import pytest
 from manifests.librispeech import build_rows, list_subsets
 from manifests.schema import read_manifest, write_manifest
 from tools.bench import manifest960
-from tools.bench.manifest960 import PARTS, run_part
+from tools.bench.manifest960 import BUILT, DRAWN, run_part
 
 
 @pytest.fixture(scope="module")
@@ -21,7 +21,7 @@ def source(librispeech_sample, tmp_path_factory) -> str:
 
 def test_each_step_sees_every_row(source, tmp_path, monkeypatch):
     monkeypatch.setattr(manifest960, "SHARDED", 30)
-    said = {part: run_part(part, tmp_path, 160, source) for part in PARTS if part != "imports"}
+    said = {part: run_part(part, tmp_path, 160, source) for part in BUILT if part != "imports"}
     for part in ("simulate", "build", "read", "validate", "validate_audio", "plan"):
         assert said[part]["rows"] == 160, part
     assert said["write_shards"]["rows"] == said["verify_shards"]["rows"] == 30
@@ -36,7 +36,7 @@ def test_each_step_sees_every_row(source, tmp_path, monkeypatch):
 
 
 def test_the_table_is_saved_after_each_step(source, tmp_path, capsys):
-    skip = [part for part in PARTS if part not in ("simulate", "build", "read")]
+    skip = [part for part in BUILT if part not in ("simulate", "build", "read")]
     out = tmp_path / "results" / "manifest960.json"
     where = ["--source", source, "--json", str(out), "--scratch", str(tmp_path)]
     arguments = ["--rows", "60", "70", *where, "--skip", *skip]
@@ -47,6 +47,15 @@ def test_the_table_is_saved_after_each_step(source, tmp_path, capsys):
     ]
     assert str(tmp_path) not in out.read_text() and len(list(tmp_path.iterdir())) == 1  # the trees are gone
     assert "builder: tree to manifest" in (Path(out).parent / "README.md").read_text()
+
+
+def test_a_manifest_can_be_drawn_without_a_tree(source, tmp_path):
+    out = tmp_path / "results" / "drawn.json"
+    where = ["--source", source, "--json", str(out), "--scratch", str(tmp_path)]
+    skip = [part for part in DRAWN if part not in ("draw", "read", "plan")]
+    assert manifest960.main(["--rows", "300", "--drawn", *where, "--skip", *skip]) == 0
+    saved = json.loads(out.read_text())["parts"]
+    assert [(part["part"], part["rows"]) for part in saved] == [("draw", 300), ("read", 300), ("plan", 300)]
 
 
 def test_a_source_without_audio_is_named(tmp_path, capsys):

@@ -63,6 +63,14 @@ def simulate(folder: Path, rows: int, source: str) -> dict:
     return {"rows": rows, "distinct": len({path for _, path in known})}
 
 
+def draw(folder: Path, rows: int, source: str) -> dict:
+    """A manifest of `rows` utterances without a tree: their audio is that of the real ones."""
+    known = [{**row, "audio_filepath": os.path.abspath(resolve_audio(row, source))} for row in read_manifest(source)]
+    chance = random.Random(0)
+    drawn = ({**chance.choice(known), "utterance": f"drawn-{number}"} for number in range(rows))
+    return {"rows": write_manifest(folder / "train.json", drawn), "distinct": len(known)}
+
+
 def build(folder: Path) -> dict:
     rows = build_rows(folder / "LibriSpeech", SUBSET)
     count = write_manifest(folder / "train.json", rows)
@@ -166,6 +174,7 @@ def imports(folder: Path) -> dict:
 
 
 PARTS = {
+    "draw": "manifest drawn from real rows, and written",
     "simulate": "simulated tree, by links",
     "build": "builder: tree to manifest, all headers read",
     "read": "reader: manifest to rows",
@@ -182,6 +191,11 @@ PARTS = {
 }
 
 
+# With and without a tree of links: rows that share audio are an error to the validator.
+BUILT = [part for part in PARTS if part != "draw"]
+DRAWN = ["draw", "read", "plan", "imports", "first_batch", "steps", "steps_with_audio", "epoch"]
+
+
 def run_part(part: str, folder: Path, rows: int, source: str) -> dict:
     """One step in this process: its own figures, seconds by the clock and of CPU time, MB at the peak."""
     if part in ("imports", "first_batch", "steps", "steps_with_audio", "epoch"):
@@ -189,8 +203,8 @@ def run_part(part: str, folder: Path, rows: int, source: str) -> dict:
         if part != "imports":
             imports(folder)
     begin, cpu = time.perf_counter(), time.process_time()
-    if part == "simulate":
-        said = simulate(folder, rows, source)
+    if part in ("simulate", "draw"):
+        said = globals()[part](folder, rows, source)
     elif part == "validate_audio":
         said = validate(folder, audio=True)
     else:
@@ -224,7 +238,7 @@ def measure(args: argparse.Namespace, argv: Sequence[str]) -> None:
     for rows in args.rows:
         folder = Path(tempfile.mkdtemp(dir=args.scratch))
         try:
-            for part in PARTS:
+            for part in DRAWN if args.drawn else BUILT:
                 if part in args.skip:
                     continue
                 command = [sys.executable, "-m", "tools.bench", "manifest960", "--part", part, "--folder", str(folder),
@@ -259,6 +273,7 @@ def main(argv: Sequence[str] | None = None) -> int:
                          help=f"sizes (default {LIBRISPEECH} 1000000)")
     options.add_argument("--source", metavar="MANIFEST", default="data/librispeech_8h/train.json",
                          help="real utterances to draw from (default data/librispeech_8h/train.json)")
+    options.add_argument("--drawn", action="store_true", help="draw a manifest; no tree, builder, validator and shards")
     options.add_argument("--skip", metavar="STEP", nargs="+", default=[], choices=list(PARTS),
                          help=f"steps to leave out: {', '.join(PARTS)}")
     options.add_argument("--scratch", metavar="DIR", type=Path, help="where the tree is made (default: temporary)")
