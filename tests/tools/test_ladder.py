@@ -19,6 +19,7 @@ from tools.ladder.climb import climb as climb_rungs
 from tools.ladder.rungs import ALL, HEART, HOUR, Rung, override_lines, quote, settings, spread, subset, up_to, usable
 from tools.ladder.table import markdown
 from tools.ladder.verdict import Course, failed, passed
+from tools.report.curve import read_curve
 
 
 @pytest.fixture(scope="module")
@@ -213,6 +214,24 @@ TINY = [
 FEW = Rung("64", target=0.5, utterances=4, epochs=200, short=True, regularised=False, validations=20)
 
 
+def test_the_first_rung_stands_in_the_ladder_with_its_error_on_dev(corpus, tmp_path):
+    folder, rows = corpus
+    write_manifest(tmp_path / "two.json", sorted(rows, key=lambda row: row["duration"])[:2])
+    given = [f"corpus.train={tmp_path}/two.json", f"corpus.validation={folder}/dev.json", *TINY]
+    ladder = Ladder("deepspeech2", given, tmp_path / "out")
+    assert not climb_rungs(ladder, [FEW], max_steps=2)  # and the rung above is not tried
+    assert "not learned by heart in 2 steps" in ladder.results[0]["verdict"]
+    assert not (tmp_path / "out" / "ladder.png").exists()  # there is no curve to show
+
+    ladder = Ladder("deepspeech2", given, tmp_path / "out")
+    assert climb_rungs(ladder, [], max_steps=800)  # more steps than those that did not do: tried again
+    (result,) = ladder.results
+    assert result["utterances"] == 2 and result["train"] == {"cer": 0, "wer": 0} and 2 < result["steps"] <= 800
+    assert result["dev"]["cer"] > 0.3  # nobody learns to hear from two sentences
+    assert read_curve(tmp_path / "out" / "batch" / "curve.csv")["loss_per_char"][-1][0] == result["steps"]
+    assert Ladder("deepspeech2", given, tmp_path / "out").batch(800) == result
+
+
 def test_rungs_go_on_where_they_were_cut_are_not_run_again_and_the_first_that_fails_ends_the_climb(
     corpus, overrides, tmp_path, capsys
 ):
@@ -289,9 +308,30 @@ def test_being_asked_to_end_is_handed_on_to_training_which_saves(tmp_path, monke
     assert lines[-1] == "saved"
 
 
-def test_the_last_line_of_training_that_could_not_start_is_what_is_said(tmp_path, monkeypatch):
-    script = tmp_path / "refuses"
-    script.write_text("#!/bin/sh\necho starting\necho 'train.py: unknown key model.optim.lrr'\nexit 2\n")
+@pytest.mark.parametrize("status, line, said", [
+    (2, "unknown key model.optim.lrr", "rung 64: unknown key model.optim.lrr"),
+    (1, "", "rung 64: training ended with status 1; read .*train.log"),
+    (0, "", "rung 64: .*/checkpoints has no checkpoint"),
+])
+def test_training_that_did_not_train_is_said_in_one_line(status, line, said, overrides, tmp_path, monkeypatch):
+    trains_as(tmp_path, monkeypatch, status, line)
+    with pytest.raises(process.TrainingFailed, match=said):
+        Ladder("deepspeech2", overrides, tmp_path / "ladder").rung(FEW)
+    assert not list(tmp_path.rglob("rung.json"))
+
+
+def test_a_rung_that_diverged_at_once_is_a_failed_rung(overrides, tmp_path, monkeypatch):
+    trains_as(tmp_path, monkeypatch, 3, "step 3: loss is nan")
+    ladder = Ladder("deepspeech2", overrides, tmp_path / "ladder")
+    assert not climb_rungs(ladder, [FEW, ALL], max_steps=None)
+    (result,) = ladder.results
+    assert result["verdict"].startswith("rung 64: training diverged (step 3: loss is nan). One batch was learned")
+    assert result["train"] is None and "| - | - | - | failed |" in (tmp_path / "ladder" / "ladder.md").read_text()
+
+
+def trains_as(folder, monkeypatch, status, line):
+    """In place of training: a process that prints `line` as train.py does and ends with `status`."""
+    script = folder / "python"
+    script.write_text(f"#!/bin/sh\necho starting\necho 'train.py: {line}'\nexit {status}\n")
     script.chmod(0o755)
     monkeypatch.setattr(process, "sys", SimpleNamespace(executable=str(script)))
-    assert process.train("deepspeech2", [], tmp_path / "log") == (2, "unknown key model.optim.lrr")

@@ -84,6 +84,8 @@ class Ladder:
         known = self._known(folder, asked, limits)
         if known:
             return known
+        from recipes.metrics import count_errors
+
         say("one batch")
         cfg = compose(self.recipe, self.overrides)  # of its own: regularisation is taken out in place
         try:
@@ -97,12 +99,15 @@ class Ladder:
             rows.writerow(["step", "seconds", "loss_per_char", "val_wer"])
             rows.writerows([point[key] for key in ("step", "seconds", "loss", "wer")] for point in learned["curve"])
         dev = errors(model, self.dev, folder / "evaluation" / "dev")
-        heard = {pair["utterance"] for pair in learned["transcripts"]}
+        pairs = learned["transcripts"]
+        heard = {pair["utterance"] for pair in pairs}
         rows = [row for row in self.rows if (row.get("utterance") or Path(row["audio_filepath"]).stem) in heard]
+        words, characters = count_errors([p["reference"] for p in pairs], [p["hypothesis"] for p in pairs])
         result = self._result(
             "batch", asked, limits, rows=rows, passed=True, target=0.0, steps=learned["step"],
             verdict=f"learned by heart at step {learned['step']}, after {learned['seconds'] / 60:.1f} min",
-            minutes=learned["seconds"] / 60, train={"cer": 0.0, "wer": learned["wer"]}, dev=dev,
+            minutes=learned["seconds"] / 60, dev=dev,
+            train={"cer": round(characters.rate, 4), "wer": round(words.rate, 4)},
         )
         return self._keep(folder, result)
 
@@ -123,7 +128,7 @@ class Ladder:
         # Absolute: these manifests lie elsewhere than the one that they were taken from.
         write_manifest(folder / "sample.json", sample)
         # A folder of its own: exp_manager moves all files of the folder that it goes on in.
-        run = Path(self.cfg.exp_manager.explicit_log_dir) if rung.whole else folder / "run"
+        run = ROOT / self.cfg.exp_manager.explicit_log_dir if rung.whole else folder / "run"
         if rung.whole:
             self._same_recipe(run)
         else:
@@ -137,43 +142,52 @@ class Ladder:
             changed["trainer.max_time"] = duration(rung.minutes)
         say(f"{rung.name}: {len(rows)} utterances, {seconds / 3600:.2f} h, to {'dev' if rung.whole else 'train'} CER "
             f"{rung.target:.0%}" + (f", {rung.minutes:g} min at most" if rung.minutes else ""))
+        course = self._train(rung, run, folder, changed)
+        on_train, on_dev = self._evaluate(rung, run, folder, diverged=course.status == DIVERGED)
+        cer = [float("nan") if part is None else part["cer"] for part in (on_train, on_dev)]
+        at = course.reached(rung.target)
+        # Either: the last steps of a run that ends by its clock are not validated, the evaluation sees them.
+        measured = cer[1] if rung.whole else cer[0]
+        good = course.status == 0 and (at is not None or measured <= rung.target)
+        verdict = passed(rung, course, *cer) if good else failed(rung, course, *cer, unit=f"a {self.about['unit']}")
+        step, seconds = at or (course.steps, course.seconds)
+        result = self._result(
+            rung.name, asked, limits, rows=rows, passed=good, target=rung.target, train=on_train, dev=on_dev,
+            verdict=verdict, steps=step, minutes=seconds / 60, trained_steps=course.steps,
+            trained_minutes=round(course.seconds / 60, 2),
+        )
+        return self._keep(folder, result)
+
+    def _train(self, rung: Rung, run: Path, folder: Path, changed: dict) -> Course:
+        """Trains in `run`, or goes on there; how it went over all sittings. Raises TrainingFailed, Interrupted."""
         course = Course.read(run / "curve.csv")
         if rung.whole or course.reached(rung.target) is None:  # else it was cut off after training, before the result
-            status, last = train(self.recipe, override_lines(self.overrides, changed), folder / "train.log")
+            log = folder / "train.log"
+            status, last = train(self.recipe, override_lines(self.overrides, changed), log)
             if status not in (0, DIVERGED):
-                raise TrainingFailed(f"rung {rung.name}: {last}" if status == CONFIG else
-                                     f"rung {rung.name}: training ended with status {status}; read {folder}/train.log")
+                reason = last if status == CONFIG else f"training ended with status {status}; read {log}"
+                raise TrainingFailed(f"rung {rung.name}: {reason}")
             course = Course.read(run / "curve.csv")
             course.status, course.last_line = status, last
         if (run / "curve.csv").is_file():
             shutil.copyfile(run / "curve.csv", folder / "curve.csv")
-        on_train, on_dev = self._evaluate(rung, run, folder)
-        at = course.reached(rung.target)
-        measured = (on_dev if rung.whole else on_train)["cer"]
-        # Either: the last steps of a run that ends by its clock are not validated, the evaluation sees them.
-        good = course.status == 0 and (at is not None or measured <= rung.target)
-        step, seconds = at or (course.steps, course.seconds)
-        rates = rung, course, on_train["cer"], on_dev["cer"]
-        result = self._result(
-            rung.name, asked, limits, rows=rows, passed=good, target=rung.target, train=on_train, dev=on_dev,
-            verdict=passed(*rates) if good else failed(*rates, unit=f"a {self.about['unit']}"), steps=step,
-            minutes=seconds / 60, trained_steps=course.steps, trained_minutes=round(course.seconds / 60, 2),
-        )
-        return self._keep(folder, result)
+        return course
 
-    def _evaluate(self, rung: Rung, run: Path, folder: Path) -> tuple[dict, dict]:
-        """Errors on the sample and on dev: of the weights at the target; for the whole recipe of the best on dev."""
+    def _evaluate(self, rung: Rung, run: Path, folder: Path, diverged: bool) -> tuple[dict | None, dict | None]:
+        """Errors on the sample and on dev: of the weights at the target; for the whole recipe of the best on dev.
+
+        Both are None where training diverged before there was a checkpoint.
+        """
         from recipes.average import best_checkpoints
+
+        last = sorted(run.glob("checkpoints/*-last.ckpt"), key=lambda path: path.stat().st_mtime)
+        if not last:
+            if diverged:
+                return None, None
+            raise TrainingFailed(f"rung {rung.name}: {run}/checkpoints has no checkpoint; read {folder}/train.log")
         from recipes.decode import load_model
 
-        if rung.whole:
-            checkpoint = best_checkpoints(run)[0]
-        else:
-            last = sorted(run.glob("checkpoints/*-last.ckpt"), key=lambda path: path.stat().st_mtime)
-            if not last:
-                nothing = {"cer": 1.0, "wer": 1.0}
-                return dict(nothing), dict(nothing)  # it diverged before the first checkpoint
-            checkpoint = last[-1]
+        checkpoint = best_checkpoints(run)[0] if rung.whole else last[-1]
         model = load_model(checkpoint, "cpu" if self.cfg.trainer.accelerator == "cpu" else "auto")
         return (errors(model, [folder / "sample.json"], folder / "evaluation" / "sample"),
                 errors(model, self.dev, folder / "evaluation" / "dev"))
