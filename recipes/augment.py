@@ -1,0 +1,47 @@
+"""Augmentation of features: other vocal tracts, then masks.
+
+Shapes: B batch, D mel bins, T frames.
+"""
+
+from __future__ import annotations
+
+import torch
+from nemo.collections.asr.modules import SpectrogramAugmentation
+from nemo.core.classes.common import typecheck
+from torch import Tensor
+
+
+class WarpedSpectrogramAugmentation(SpectrogramAugmentation):
+    """NeMo's SpecAugment after a warp of the frequency axis, drawn anew for each utterance.
+
+    A longer or shorter vocal tract moves all formants together (vocal tract length perturbation, Jaitly and Hinton
+    2013, ICML workshop on deep learning for audio): with few speakers in train it stands for others. There the
+    frequencies are warped below the filter bank; here the mel bins are read at places that are stretched by a factor
+    between 1 - ``warp`` and 1 + ``warp`` about the lowest bin, by linear interpolation, so that features that were
+    computed once can be used. Bins beyond the highest repeat it. 0 leaves NeMo's SpecAugment alone.
+
+    Raises:
+        ValueError: ``warp`` below 0 or from 0.5 on.
+    """
+
+    def __init__(self, warp: float = 0.0, **masks):
+        super().__init__(**masks)
+        if not 0.0 <= warp < 0.5:
+            raise ValueError(f"warp={warp!r}: must be at least 0 and below 0.5; 0.1 is usual")
+        self.warp = warp
+
+    @typecheck()
+    @torch.no_grad()
+    def forward(self, input_spec: Tensor, length: Tensor) -> Tensor:
+        """Features (B, D, T) and lengths (B) in frames to features (B, D, T); in training only, as NeMo calls it."""
+        if self.warp:
+            factors_B = 1 + self.warp * (2 * torch.rand(len(input_spec), device=input_spec.device) - 1)
+            input_spec = torch.bmm(warp_matrix(factors_B, input_spec.shape[1]).to(input_spec.dtype), input_spec)
+        return super().forward(input_spec=input_spec, length=length)
+
+
+def warp_matrix(factors_B: Tensor, bins: int) -> Tensor:
+    """(B, D, D): row d reads bin d * factor, between its two neighbours; rows sum to 1, a factor of 1 is the identity."""
+    places_BD = (torch.arange(bins, device=factors_B.device) * factors_B[:, None]).clamp(max=bins - 1)
+    distance_BDD = (places_BD[:, :, None] - torch.arange(bins, device=factors_B.device)).abs()
+    return (1 - distance_BDD).clamp(min=0)
