@@ -256,7 +256,12 @@ def run_job(job: Job, run: Runner) -> str:
 
     if job.model.endswith("_bpe"):
         stage("tokenizer", ["manifests.tokenizer", str(job.manifests / "train.json"), "--out", str(job.tokenizer)])
+    asked = {"seconds": job.seconds, "steps": job.steps}
+    if plan.done("probe") and plan.facts.get("asked", asked) != asked:
+        say(f"{job.model}: goes on with {plan.facts['steps'] or 'all'} steps decided before, whatever is asked "
+            f"now; to begin anew remove {job.exp}")
     if not plan.done("probe"):
+        plan.facts["asked"] = asked
         probe(job, plan, run)
         say(f"{job.model}: {plan.facts['steps'] or 'all'} steps ({plan.facts['why']})")
     steps = [f"trainer.max_steps={plan.facts['steps']}"] if plan.facts["steps"] else []

@@ -153,7 +153,7 @@ class TestTrain:
         with pytest.raises(BundleError, match="too few"):
             train.step_times(tmp_path / "curve.csv", 5)
 
-    def test_stages_are_done_once_and_resume_after_a_failure(self, tmp_path, monkeypatch):
+    def test_stages_are_done_once_and_resume_after_a_failure(self, tmp_path, monkeypatch, capsys):
         job, calls, broken = job_in(tmp_path, steps=20), [], ["recipes.average"]
         monkeypatch.setattr(train, "full_length", lambda job: (1000, 40, 8))
 
@@ -174,7 +174,9 @@ class TestTrain:
         assert "dev 25.0%" in train.run_job(job, run)
         assert calls == ["recipes.train", "recipes.average", "recipes.average", "recipes.evaluate", "tools.report",
                          "tools.offline_bundle.weights"]
+        job.steps = 40
         assert "WER" in train.run_job(job, run) and len(calls) == 6
+        assert "goes on with 20 steps" in capsys.readouterr().out
 
     def test_budget_is_probed_and_kept(self, tmp_path, monkeypatch):
         job = job_in(tmp_path, seconds=480)
