@@ -138,13 +138,13 @@ def check(cfg: DictConfig) -> None:
         (shards and trainer.max_steps < 1,
          "shards are an endless stream: set trainer.max_steps, now "
          f"{trainer.max_steps}, and an integer trainer.val_check_interval"),
+        (shards and train.get("cache_features"),
+         "model.train_ds.cache_features=true keeps a whole corpus in memory; set it to false with shards"),
         (shards and isinstance(train.get("shard_seed"), int) and (many or train.num_workers > 1),
          f"model.train_ds.shard_seed={train.get('shard_seed')} makes every device and worker read the same stream of "
          "shards; set model.train_ds.shard_seed=randomized"),
         (shards and many and train.num_workers < 1,
          "model.train_ds.num_workers=0 makes every device read the same stream of shards; set it to 1 or more"),
-        (shards and train.get("cache_features"),
-         "model.train_ds.cache_features=true keeps a whole corpus in memory; set it to false with shards"),
         (cpu and str(trainer.precision) in {"16", "16-mixed", "16-true", "bf16-true"},
          f"trainer.precision={trainer.precision} does not train on a CPU; use 32 or bf16-mixed"),
         (many and trainer.strategy == "auto" and cpu,

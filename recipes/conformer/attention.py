@@ -15,7 +15,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from recipes.conformer.dropout import dropout
+from recipes.dropout import dropout
 
 # Finite, so that an item without any frame gives numbers and no NaN, and far enough for exp() to be 0 in float32;
 # it fits float16 and bfloat16.

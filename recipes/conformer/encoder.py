@@ -34,7 +34,7 @@ from torch import Tensor, nn
 
 from recipes.conformer.attention import RelPositionAttention, relative_positions
 from recipes.conformer.convolution import NORMS, ConvolutionModule
-from recipes.conformer.dropout import add_branch, dropout
+from recipes.dropout import add_branch, dropout
 from recipes.conformer.subsampling import ConvSubsampling
 from recipes.lengths import valid_mask
 

@@ -11,6 +11,7 @@ from nemo.core.classes.common import typecheck
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from recipes.dropout import Dropout
 from recipes.lengths import conv_out_length, valid_mask
 from recipes.recurrent import (
     MERGES,
@@ -48,7 +49,7 @@ class DenseLayer(nn.Module):
             if self.linear.bias is not None:
                 nn.init.zeros_(self.linear.bias)
         self.norm = SequenceNorm(norm, d_out)
-        self.dropout = nn.Dropout(dropout)
+        self.dropout = Dropout(dropout)
 
     def forward(self, x_BTD: Tensor, mask_BT: Tensor) -> Tensor:
         """(B, T, D) to (B, T', D'); mask_BT is that of the output."""

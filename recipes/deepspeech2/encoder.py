@@ -14,6 +14,7 @@ from nemo.core.classes.common import typecheck
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from recipes.dropout import Dropout
 from recipes.lengths import conv_out_length, valid_mask
 from recipes.recurrent import (
     MERGES,
@@ -162,7 +163,7 @@ class DeepSpeech2Encoder(CTCEncoder):
         self.out_norm = SequenceNorm(rnn_norm, size)
         self.projection = nn.Linear(size, feat_out) if feat_out else None
         self._feat_out = feat_out or size
-        self.dropout = nn.Dropout(dropout)
+        self.dropout = Dropout(dropout)
 
     def output_lengths(self, length):
         """Frames out for ``length`` feature frames in: int to int, int64 tensor to tensor."""

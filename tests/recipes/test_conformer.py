@@ -13,7 +13,7 @@ from torch.testing import assert_close
 from recipes.conformer.attention import RelPositionAttention, relative_positions, shift_to_keys
 from recipes.conformer.convolution import MaskedBatchNorm
 from recipes.conformer.depthwise import depthwise_conv
-from recipes.conformer.dropout import add_branch, dropout
+from recipes.dropout import add_branch, dropout
 from recipes.conformer.encoder import ConformerEncoder
 from recipes.conformer.subsampling import ConvSubsampling
 from recipes.lengths import valid_mask

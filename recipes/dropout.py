@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, nn
 
 STEPS = 1 << 16
 
@@ -16,6 +16,13 @@ def dropout(x: Tensor, p: float, training: bool) -> Tensor:
     if not _slow(x):
         return F.dropout(x, p)
     return x * _kept(x, p).mul_(1.0 / (1.0 - p))
+
+
+class Dropout(nn.Dropout):
+    """As ``torch.nn.Dropout``, by the function above."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return dropout(x, self.p, self.training)
 
 
 def add_branch(x: Tensor, branch: Tensor, p: float, training: bool, weight: float = 1.0) -> Tensor:
