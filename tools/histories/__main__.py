@@ -19,12 +19,14 @@ def main(arguments: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m tools.histories", description=__doc__)
     commands = parser.add_subparsers(dest="command", required=True)
     commands.add_parser("list", help="the histories")
-    run = commands.add_parser("run", help="train one or several and write OUT/NAME/history.md")
+    run = commands.add_parser("run", help="train one or several and write OUT/NAME/history.md; a version that is "
+                                          "complete there is not trained again")
     run.add_argument("names", nargs="+", metavar="NAME", help="of `list`, or all")
     run.add_argument("--data", default="data/librispeech_8h/train.json", help="manifest to train on")
     run.add_argument("--dev", default="data/librispeech_8h/dev.json", help="manifest to predict")
     run.add_argument("--hours", type=float, default=0.75, help="of the data, utterances of 3 to 8 s")
     run.add_argument("--out", default="exp/histories", help="folder of the results")
+    run.add_argument("--keep", help="folder that gets the small files too: history.md, curves.png, the curves")
     run.add_argument("--steps", type=int, help="in place of the history's own number")
     run.add_argument("--fixed", action="store_true", help="train the repaired version too")
     run.add_argument("--seconds", type=float, default=40.0, help="of the doctor, before and after each run")
@@ -56,7 +58,7 @@ def _run(options) -> int:
     set_threads()
     quiet_imports()
     from tools.histories import page
-    from tools.histories.training import train
+    from tools.histories.training import known, train
 
     for history in chosen:
         out = Path(options.out).absolute() / history.name
@@ -68,10 +70,14 @@ def _run(options) -> int:
             folder.mkdir(parents=True, exist_ok=True)
             manifests = write_manifests(history, version, Path(options.data), Path(options.dev), folder, options.hours)
             print(f"{history.name}, {version}", flush=True)
-            seen[version] = train(history, version, manifests, folder, options.steps, options.seconds)
+            seen[version] = known(history, version, manifests, folder, options.steps)
+            if seen[version] is None:
+                seen[version] = train(history, version, manifests, folder, options.steps, options.seconds)
             for stage, told in seen[version]["doctor"].items():
                 print(f"   doctor {stage}: {told['verdict']}", flush=True)
             print(f"   {page.write(history, seen, out, shlex.join(command))}", flush=True)
+        if options.keep:
+            page.keep(out, Path(options.keep) / history.name)
     return 0
 
 

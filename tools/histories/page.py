@@ -51,10 +51,19 @@ def write(history: History, seen: dict[str, dict], out: Path, command: str) -> P
     return path
 
 
+def keep(out: Path, to: Path) -> None:
+    """Copies what is small and names no folder of this machine: history.md, curves.png and the curves."""
+    to.mkdir(parents=True, exist_ok=True)
+    for path in sorted(out.iterdir()):
+        if path.suffix in (".md", ".png", ".csv"):
+            (to / path.name).write_bytes(path.read_bytes())
+
+
 def read(path: Path) -> list[dict[str, float]]:
     """Rows of a curve.csv; cells that were not measured are left out, NaN stays NaN."""
     with open(path, newline="") as file:
-        return [{key: float(cell) for key, cell in row.items() if cell not in ("", None)} for row in csv.DictReader(file)]
+        rows = list(csv.DictReader(file))
+    return [{key: float(cell) for key, cell in row.items() if cell not in ("", None)} for row in rows]
 
 
 def course(rows: list[dict]) -> str:
@@ -81,9 +90,9 @@ def course(rows: list[dict]) -> str:
 def anatomy(found: dict) -> list[str]:
     """The first step that was not finite, taken apart."""
     log_probs = "all finite" if found["log_probs_finite"] else "already not finite"
+    limit = f"a gradient-norm limit of {found['clip']:g}" if found.get("clip") else "no gradient-norm limit at work"
     lines = [
-        f"The first step that was not finite, {found['step']} (counted from 0), with zero_infinity=True and a "
-        f"gradient-norm limit of {found.get('clip', 0):g}:", "",
+        f"The first step that was not finite, {found['step']} (counted from 0), with zero_infinity=True and {limit}:", "",
         "| where | what |", "| --- | --- |",
         f"| log-probs, before the loss | {log_probs} |",
         f"| loss, zero_infinity on | {found['loss']} |",
@@ -91,7 +100,8 @@ def anatomy(found: dict) -> list[str]:
         f"| parameters whose gradient is broken | {found['gradients_broken']} of {found['gradients']} |",
     ]
     if "gradients_broken_after_clipping" in found:
-        lines.append(f"| the same after clipping | {found['gradients_broken_after_clipping']} of {found['gradients']} |")
+        clipped = found["gradients_broken_after_clipping"]
+        lines.append(f"| the same after clipping | {clipped} of {found['gradients']} |")
     if "parameters_broken" in found:
         lines.append(f"| parameters broken after the step | {found['parameters_broken']} of {found['parameters']} |")
     return [*lines, ""]
@@ -100,7 +110,8 @@ def anatomy(found: dict) -> list[str]:
 def table(rows: list[dict]) -> list[str]:
     trained = [row for row in rows if "loss_per_char" in row]
     every = max(math.ceil(len(trained) / ROWS), 1)
-    lines = ["| step | loss, nats a character | blank | learning rate | gradient norm |", "| --- | --- | --- | --- | --- |"]
+    lines = ["| step | loss, nats a character | blank | learning rate | gradient norm |",
+             "| --- | --- | --- | --- | --- |"]
     for row in [*trained[::every], *([trained[-1]] if trained and (len(trained) - 1) % every else [])]:
         lines.append(f"| {row['step']:.0f} | {row['loss_per_char']:.3f} | {100 * row['blank_rate']:.0f} % | "
                      f"{row['learning_rate']:.3g} | {row['grad_norm']:.3g} |")
@@ -116,7 +127,8 @@ def predictions(run: dict) -> list[str]:
         lines += [f"    reference   {reference}", f"    hypothesis  {hypothesis}"]
     total = sum(run["letters"].values())
     if total:
-        most = ", ".join(f"{letter!r} {100 * count / total:.0f} %" for letter, count in list(run["letters"].items())[:4])
+        frequent = list(run["letters"].items())[:4]
+        most = ", ".join(f"{letter!r} {100 * count / total:.0f} %" for letter, count in frequent)
         lines += ["", f"Of {total} predicted characters: {most}."]
     else:
         lines += ["", "Nothing but blanks is predicted."]
@@ -157,11 +169,11 @@ def draw(history: History, curves: dict[str, list[dict]], out: Path) -> None:
         for axis, column in zip(axes, ("loss_per_char", "grad_norm")):
             points = [(row["step"], row[column]) for row in trained if math.isfinite(row[column])]
             if points:
-                axis.plot(*zip(*points), color=COLOURS[version], linewidth=1.4,
-                          label=TITLES[version].lower())
+                axis.plot(*zip(*points), color=COLOURS[version], linewidth=1.4, label=TITLES[version].lower())
         lost = next((row["step"] for row in trained if not math.isfinite(row["loss_per_char"])), None)
         if lost is not None:
-            axes[0].plot([lost], [LETTER_FREQUENCY_LOSS], "x", color=COLOURS[version], markersize=9, label="not finite from here")
+            axes[0].plot([lost], [LETTER_FREQUENCY_LOSS], "x", color=COLOURS[version], markersize=9,
+                         label="not finite from here")
     axes[0].axhline(LETTER_FREQUENCY_LOSS, color="grey", linewidth=0.8, linestyle=":")
     axes[0].set_title("loss, nats a character (dotted: letter frequencies only)", loc="left", fontsize=9)
     axes[0].set_ylim(0, 6)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import logging
 from pathlib import Path
@@ -84,6 +85,7 @@ def train(history: History, version: str, manifests, folder: Path, steps: int | 
         findings["after"] = examine(run=folder, seconds=seconds)
     examples = [[text, hypothesis] for _, text, hypothesis in getattr(model, "validation_examples", [])]
     seen = {
+        "asked": asked(history, version, manifests, steps),
         "history": history.name,
         "version": version,
         "steps": trainer.global_step,
@@ -96,6 +98,23 @@ def train(history: History, version: str, manifests, folder: Path, steps: int | 
     }
     (folder / "seen.json").write_text(json.dumps(_plain(seen), indent=1) + "\n")
     return json.loads((folder / "seen.json").read_text())
+
+
+def asked(history: History, version: str, manifests, steps: int | None) -> dict:
+    """What a run depends on, to know whether it is there already."""
+    return {
+        "lines": history.lines(version), "model": history.model, "steps": steps or history.steps,
+        "data": [hashlib.sha1(Path(path).read_bytes()).hexdigest() for path in manifests],
+    }
+
+
+def known(history: History, version: str, manifests, folder: Path, steps: int | None) -> dict | None:
+    """What `train` returned for the same before, or None."""
+    path = Path(folder) / "seen.json"
+    if not path.is_file():
+        return None
+    seen = json.loads(path.read_text())
+    return seen if seen.get("asked") == asked(history, version, manifests, steps) else None
 
 
 def letters(texts: list[str]) -> dict[str, int]:
