@@ -143,3 +143,25 @@ def test_buckets_end_with_the_longest_utterance():
 
     cfg = OmegaConf.create({"model": {"train_ds": {"bucket_duration_bins": [2, 5, 9], "max_duration": 7}}})
     assert batch.buckets_of(cfg) == [2.0, 5.0, 7.0]
+
+
+def test_each_probe_on_a_cpu_is_a_process_of_its_own(capfd):
+    base = rss()
+    if base is None or not reset_peak():
+        pytest.skip("this system does not tell or reset a process' peak memory")
+
+    def make():
+        def step(bucket, utterances):
+            block = bytearray(int(bucket * utterances) << 20)
+            block[::4096] = b"1" * len(block[::4096])
+
+        return step
+
+    probe = batch.cpu_probe(make, base + (100 << 20))
+    large, small = probe(10.0, 20), probe(10.0, 1)
+    assert not large.fits and small.fits
+    # 200 MB and 10 MB; the second one does not carry what the first one took
+    assert large.peak - small.peak == pytest.approx(190 << 20, rel=0.1)
+    with pytest.raises(BenchError, match="1 x 2 s ended without a figure"):
+        batch.cpu_probe(lambda: 1 / 0, base)(2.0, 1)
+    assert "division by zero" in capfd.readouterr().err

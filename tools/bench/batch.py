@@ -20,7 +20,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 from manifests.report import table
-from tools.bench._common import BenchError, guarded, parser, release, reset_peak, rss, save, set_up
+from tools.bench._common import BenchError, guarded, parser, reset_peak, rss, save, set_up
 
 DENSITY = 25.0  # characters a second where no manifest says more: LibriSpeech's densest utterances
 SETTLED = 0.05  # bisection ends when the two bounds are this near
@@ -100,8 +100,8 @@ def search(buckets: Sequence[float], probe: Callable[[float, int], Probe], limit
 # ---- the train step ----------------------------------------------------------------------------------------------
 
 
-def make_probe(cfg, device, precision: str, density: float, limit: int | None) -> Callable[[float, int], Probe]:
-    """Function (bucket in seconds, utterances) to Probe: one train step of the recipe."""
+def make_step(cfg, device, precision: str, density: float) -> Callable[[float, int], None]:
+    """Function (bucket in seconds, utterances): one train step of the recipe, after a short one that has been made."""
     import torch
 
     from tools.bench._training import FeatureBatch, make_preprocessor, recipe_side
@@ -123,28 +123,69 @@ def make_probe(cfg, device, precision: str, density: float, limit: int | None) -
         targets = torch.randint(labels, (utterances, count), generator=generator).to(device)
         side.step(FeatureBatch(features, frames, targets, torch.full((utterances,), count, device=device), 0.0))
 
-    def on_cpu(bucket: float, utterances: int) -> Probe:
-        release()
-        if not reset_peak():
-            raise BenchError("a process' peak memory cannot be had here (/proc/self/clear_refs): Linux is needed")
-        step(bucket, utterances)
-        peak = rss("VmHWM")
-        return Probe(bucket, utterances, peak <= limit, peak)
+    step(min(2.0, cfg.model.train_ds.max_duration), 1)  # the state of the optimizer
+    return step
 
-    def on_cuda(bucket: float, utterances: int) -> Probe:
+
+def cuda_probe(step: Callable[[float, int], None], device) -> Callable[[float, int], Probe]:
+    """Probes in this process: CUDA says where memory ends, and takes all back."""
+    import torch
+
+    def probe(bucket: float, utterances: int) -> Probe:
         torch.cuda.empty_cache()
         torch.cuda.reset_peak_memory_stats(device)
+        fits = True
         try:
             step(bucket, utterances)
             torch.cuda.synchronize(device)
         except torch.cuda.OutOfMemoryError:
-            side.optimizer.zero_grad(set_to_none=True)
-            torch.cuda.empty_cache()
-            return Probe(bucket, utterances, False, None)
-        return Probe(bucket, utterances, True, torch.cuda.max_memory_reserved(device))
+            fits = False
+        return Probe(bucket, utterances, fits, torch.cuda.max_memory_reserved(device) if fits else None)
 
-    probe = on_cuda if device.type == "cuda" else on_cpu
-    probe(min(2.0, cfg.model.train_ds.max_duration), 1)  # the optimizer's state, and what a first step leaves for good
+    return probe
+
+
+def cpu_probe(make: Callable[[], Callable[[float, int], None]], limit: int) -> Callable[[float, int], Probe]:
+    """Probes in a process each, forked from this one, which has not computed anything: what a process has freed it
+    does not wholly give back, and kernels made for a shape stay, so that a second probe would count the first one's.
+
+    The forked process computes in one thread: those of its parent it has not.
+    """
+
+    def probe(bucket: float, utterances: int) -> Probe:
+        reader, writer = os.pipe()
+        child = os.fork()
+        if child == 0:  # pragma: no cover  (another process)
+            status = 1
+            try:
+                import torch
+
+                os.close(reader)
+                torch.set_num_threads(1)
+                step = make()
+                if reset_peak():
+                    step(bucket, utterances)
+                    os.write(writer, str(rss("VmHWM")).encode())
+                    status = 0
+            except BaseException as error:  # nothing may unwind into the parent's code
+                print(f"bench batch: {error}", file=sys.stderr, flush=True)
+            finally:
+                os._exit(status)
+        os.close(writer)
+        with os.fdopen(reader) as pipe:
+            told = pipe.read()
+        _, status = os.waitpid(child, 0)
+        if os.WIFSIGNALED(status):  # the system's own end of memory
+            return Probe(bucket, utterances, False, None)
+        if not told.isdigit():
+            raise BenchError(f"{utterances} x {bucket:g} s ended without a figure: Linux with /proc is needed")
+        return Probe(bucket, utterances, int(told) <= limit, int(told))
+
+    return probe
+
+
+def aloud(probe: Callable[[float, int], Probe]) -> Callable[[float, int], Probe]:
+    """The same, with a line on stderr for each."""
 
     def told(bucket: float, utterances: int) -> Probe:
         result = probe(bucket, utterances)
@@ -219,7 +260,13 @@ def _run(args, argv) -> None:
         limit, total = None, torch.cuda.get_device_properties(device).total_memory * args.share
     else:
         limit = total = int((args.limit_gib or _free_gib() / 2) * 2**30)
-    found = search(buckets_of(cfg), make_probe(cfg, device, precision, density, limit), limit)
+
+    def make():
+        return make_step(cfg, device, precision, density)
+
+    vocabulary_size(cfg)  # what is missing is said before anything is tried
+    probe = cuda_probe(make(), device) if limit is None else cpu_probe(make, limit)
+    found = search(buckets_of(cfg), aloud(probe), limit)
     probes = found["probes"]
     head = ["bucket, s", "utterances", "seconds", "peak, GiB", "of", "tries"]
     body = []
