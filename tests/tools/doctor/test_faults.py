@@ -1,8 +1,8 @@
 """The doctor names each fault first and calls no healthy set-up one that cannot learn.
 
 At first try 83 of 101 were named first (first_try.md, second_try.md); until all are, and because the whole takes a
-quarter of an hour, it waits for DOCTOR_SUITE: `before` runs what trains nothing, `all` runs all. `python -m tests.tools.doctor.table` runs
-all and writes the table.
+quarter of an hour, it waits for DOCTOR_SUITE: `before` runs what trains nothing, `all` runs all.
+`python -m tests.tools.doctor.table` runs all and writes the table.
 """
 
 import importlib.util
