@@ -92,7 +92,8 @@ def anatomy(found: dict) -> list[str]:
     log_probs = "all finite" if found["log_probs_finite"] else "already not finite"
     limit = f"a gradient-norm limit of {found['clip']:g}" if found.get("clip") else "no gradient-norm limit at work"
     lines = [
-        f"The first step that was not finite, {found['step']} (counted from 0), with zero_infinity=True and {limit}:", "",
+        f"The first step that was not finite, {found['step']} (counted from 0), with zero_infinity=True and {limit}:",
+        "",
         "| where | what |", "| --- | --- |",
         f"| log-probs, before the loss | {log_probs} |",
         f"| loss, zero_infinity on | {found['loss']} |",
