@@ -64,7 +64,7 @@ def test_both_versions_build_and_differ_only_as_written(name, speech, tmp_path):
         log_probs, lengths, _ = model.eval().forward(
             input_signal=torch.randn(2, 16000), input_signal_length=torch.tensor([16000, 12000])
         )
-        assert log_probs.shape[0] == 2 and int(lengths[0]) == log_probs.shape[1]
+        assert log_probs.shape[0] == 2 and 0 < int(lengths[0]) <= log_probs.shape[1]
         assert torch.allclose(log_probs.exp().sum(-1)[0], torch.ones(log_probs.shape[1]), atol=1e-4)
         outputs[version] = type(model.encoder).__name__, cfg
     assert configuration(history, "one_batch", *speech, tmp_path) is not None
