@@ -4,7 +4,7 @@ import json
 
 import pytest
 
-from tools.report.__main__ import error_table, main
+from tools.report.__main__ import commit, error_table, main
 from tools.report.curve import draw, read_curve
 
 HEADER = ("step,seconds,loss,loss_per_char,blank_rate,learning_rate,grad_norm,audio_seconds_per_second,memory_mb,"
@@ -79,3 +79,11 @@ def test_a_manifest_without_text_has_no_row():
 def test_several_runs_share_a_picture(run, tmp_path):
     draw({"one": run / "curve.csv", "two": run / "curve.csv"}, tmp_path / "both.png")
     assert (tmp_path / "both.png").stat().st_size > 10_000
+
+
+def test_the_commit_is_the_one_that_trained(tmp_path):
+    note = tmp_path / "git-info.log"
+    note.write_text("commit hash: c005aadfb5e3e3e9f270f08e91577ba910f274fe\n")
+    assert commit(tmp_path) == "c005aad"
+    note.write_text(note.read_text() + "diff --git a/recipes/x.py b/recipes/x.py\n+changed\n")
+    assert commit(tmp_path) == "c005aad+"

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import re
 import shutil
 import subprocess
 import sys
@@ -106,7 +107,7 @@ def publish(folder: Path, results: Path, command: str) -> Path:
 
     name = yaml.safe_load((folder / "config.yaml").read_text())["corpus"]["name"]
     metrics = json.loads((folder / "evaluation" / "metrics.json").read_text())
-    kept = {"command": command, "commit": commit(), "hardware": hardware()}
+    kept = {"command": command, "commit": commit(folder), "hardware": hardware()}
     kept |= {key: metrics[key] for key in ("decoding", "normalisation", "interval", "overall")}
     kept["manifests"] = [
         {key: value for key, value in part.items() if key not in ("manifest", "predictions")}
@@ -120,8 +121,14 @@ def publish(folder: Path, results: Path, command: str) -> Path:
     return out
 
 
-def commit() -> str:
-    """Short hash of the checkout, with "+" where tracked files differ from it; "unknown" outside git."""
+def commit(folder: Path) -> str:
+    """Short hash of what trained `folder`: as exp_manager wrote it down there, with "+" where tracked files differed.
+
+    Of the checkout as it is now where the run left no note; "unknown" outside git.
+    """
+    note = folder / "git-info.log"
+    if note.is_file() and (found := re.match(r"commit hash: ([0-9a-f]{7})[0-9a-f]*\n(.*)", note.read_text(), re.S)):
+        return found[1] + ("+" if "diff --git" in found[2] else "")
     try:
         named = subprocess.run(["git", "describe", "--always", "--dirty=+"], capture_output=True, text=True, check=True)
     except (OSError, subprocess.CalledProcessError):
