@@ -210,8 +210,9 @@ TINY = [
     "model.preprocessor.features=20", "model.train_ds.num_workers=0", "logger=csv", "trainer.log_every_n_steps=5",
     "corpus.bucket_duration_bins=[8.0]", "training.global_batch_seconds=24",
 ]
-# To have half of the letters of four sentences right takes a model that hears something; this one does it in seconds.
-FEW = Rung("64", target=0.5, utterances=4, epochs=200, short=True, regularised=False, validations=20)
+# To have three quarters of the letters of four sentences right takes a model that hears something; this one does it in
+# seconds, but not in two of them.
+FEW = Rung("64", target=0.25, utterances=4, epochs=200, short=True, regularised=False, validations=20)
 
 
 def test_the_first_rung_stands_in_the_ladder_with_its_error_on_dev(corpus, tmp_path):
@@ -243,10 +244,10 @@ def test_rungs_go_on_where_they_were_cut_are_not_run_again_and_the_first_that_fa
 
     # Cut off by its clock, after a moment: the failure is told, and the rung above is not tried.
     short = Ladder("deepspeech2", given, out)
-    assert not climb_rungs(short, [replace(FEW, minutes=0.03), hopeless], max_steps=None)
+    assert not climb_rungs(short, [replace(FEW, minutes=0.035), hopeless], max_steps=None)
     assert [result["rung"] for result in short.results] == ["64"]
     cut = short.results[0]
-    assert cut["verdict"].startswith("rung 64: CER ") and "not 50%. One batch was learned" in cut["verdict"]
+    assert cut["verdict"].startswith("rung 64: CER ") and "not 25%. One batch was learned" in cut["verdict"]
     chosen = read_manifest(out / "64" / "train.json")
     assert len(chosen) == 4 and all(os.path.isabs(row["audio_filepath"]) for row in chosen)
     assert cut["hours"] == pytest.approx(sum(row["duration"] for row in chosen) / 3600, abs=1e-4)
@@ -257,7 +258,7 @@ def test_rungs_go_on_where_they_were_cut_are_not_run_again_and_the_first_that_fa
     climbed, fallen = ladder.results
     assert f"resumed at step {cut['trained_steps']}" in capsys.readouterr().out
     assert climbed["passed"] and cut["steps"] < climbed["steps"] <= climbed["trained_steps"]
-    assert climbed["train"]["cer"] < 0.6 and climbed["minutes"] > 0
+    assert climbed["train"]["cer"] < 0.3 and climbed["minutes"] > 0
     assert not fallen["passed"] and "not 1% on dev. 1 h was learned" in fallen["verdict"]
     assert fallen["utterances"] == len(usable(rows, 0.1, 20)) and (tmp_path / "run" / "config.yaml").is_file()
 
@@ -281,7 +282,7 @@ def test_rungs_go_on_where_they_were_cut_are_not_run_again_and_the_first_that_fa
         Ladder("deepspeech2", [*given, "model.optim.lr=1e-3"], out).rung(FEW)
     with pytest.raises(ConfigError, match=r"holds a run with model.optim.lr=0.004, and 0.001 is asked for"):
         Ladder("deepspeech2", [*given, "model.optim.lr=1e-3"], tmp_path / "other").rung(hopeless)
-    assert "Rung 64: train CER at most 50%" in "\n".join(markdown({**written, "rungs": written["rungs"][:1]}))
+    assert "Rung 64: train CER at most 25%" in "\n".join(markdown({**written, "rungs": written["rungs"][:1]}))
 
 
 def test_being_asked_to_end_is_handed_on_to_training_which_saves(tmp_path, monkeypatch):

@@ -59,7 +59,8 @@ def choose(rows: list[dict], count: int = UTTERANCES) -> list[dict]:
     """`count` utterances spread over the manifest, of 2 to 8 seconds where there are enough such."""
     short = [row for row in rows if SHORTEST <= row["duration"] <= LONGEST]
     pool = short if len(short) >= count else sorted(rows, key=lambda row: row["duration"])[:count]
-    return [pool[i * len(pool) // count] for i in range(min(count, len(pool)))]
+    count = min(count, len(pool))
+    return [pool[i * len(pool) // count] for i in range(count)]
 
 
 def learn_by_heart(model, rows: list[dict], lr: float, max_steps: int, device="cpu") -> dict:
