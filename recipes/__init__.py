@@ -11,6 +11,7 @@ added at the moment it gets loaded.
 from __future__ import annotations
 
 import sys
+from importlib import import_module
 from importlib.abc import MetaPathFinder
 from importlib.machinery import PathFinder
 
@@ -18,9 +19,14 @@ PREFIX = __name__ + "."
 NEMO_MODULE = "nemo.core.classes.common"
 
 
-def _allow(module) -> None:
-    if PREFIX not in module.ALLOWED_TARGET_PREFIXES:
-        module.ALLOWED_TARGET_PREFIXES.append(PREFIX)
+def _allow(module, prefix: str = PREFIX) -> None:
+    if prefix not in module.ALLOWED_TARGET_PREFIXES:
+        module.ALLOWED_TARGET_PREFIXES.append(prefix)
+
+
+def allow_targets(prefix: str) -> None:
+    """Lets NeMo build by `_target_` all whose name begins with `prefix` ("my_models."). Loads NeMo."""
+    _allow(import_module(NEMO_MODULE), prefix)
 
 
 class _AllowOnImport(MetaPathFinder):

@@ -181,6 +181,19 @@ def parser(name: str, doc: str) -> argparse.ArgumentParser:
     return made
 
 
+def step_parser(name: str, doc: str) -> argparse.ArgumentParser:
+    """What the benches of train steps take besides: speech, batches, turns, precision, device."""
+    options = parser(name, doc)
+    options.add_argument("--manifest", type=Path, help="speech to step over; without it noise of 2 to 16 s")
+    options.add_argument("--corpus", default="librispeech_8h", help="whose duration buckets (default %(default)s)")
+    options.add_argument("--batch-seconds", type=float, help="seconds of audio in a batch (default: by the size)")
+    options.add_argument("--pairs", type=int, default=8, help="steps of each side that count (default %(default)s)")
+    options.add_argument("--warm", type=int, default=1, help="steps of each that do not (default %(default)s)")
+    options.add_argument("--precision", default="auto", choices=("auto", "32", "bf16-mixed"))
+    options.add_argument("--device", default="auto", help="auto, cpu, cuda or cuda:N")
+    return options
+
+
 def describe(device_text: str, threads: int) -> dict[str, Any]:
     """Hardware and versions that a figure depends on."""
     versions = {name: _version(name) for name in ("torch", "nemo_toolkit", "lhotse", "soundfile")}

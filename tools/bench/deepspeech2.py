@@ -15,7 +15,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from manifests.report import table
-from tools.bench._common import BenchError, guarded, parser, save, set_up
+from tools.bench._common import BenchError, guarded, save, set_up, step_parser
 
 # Hydra overrides of each size, and seconds of audio in a batch.
 SIZES = {
@@ -58,15 +58,8 @@ def run_case(settings: dict, batches: Sequence, labels: int, device, precision: 
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    options = parser("deepspeech2", __doc__)
+    options = step_parser("deepspeech2", __doc__)
     options.add_argument("--sizes", nargs="+", default=list(SIZES), choices=list(SIZES), help="(default: all)")
-    options.add_argument("--manifest", type=Path, help="speech to step over; without it noise of 2 to 16 s")
-    options.add_argument("--corpus", default="librispeech_8h", help="whose duration buckets (default %(default)s)")
-    options.add_argument("--batch-seconds", type=float, help="seconds of audio in a batch (default: by the size)")
-    options.add_argument("--pairs", type=int, default=8, help="steps of each side that count (default %(default)s)")
-    options.add_argument("--warm", type=int, default=1, help="steps of each that do not (default %(default)s)")
-    options.add_argument("--precision", default="auto", choices=("auto", "32", "bf16-mixed"))
-    options.add_argument("--device", default="auto", help="auto, cpu, cuda or cuda:N")
     argv = list(sys.argv[1:] if argv is None else argv)
     args = options.parse_args(argv)
     if args.pairs < 1:

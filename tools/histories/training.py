@@ -7,27 +7,19 @@ import json
 import logging
 from pathlib import Path
 
+from recipes import allow_targets
 from recipes.quiet import quiet_nemo
 from tools.histories.history import History, configuration
 
 EXAMPLES = 3
-
-
-def allow_targets() -> None:
-    """Lets NeMo build the encoders of this package by name, as anybody must for their own."""
-    from nemo.core.classes.common import ALLOWED_TARGET_PREFIXES
-
-    import recipes  # noqa: F401  registers the recipes' classes
-
-    if "tools.histories." not in ALLOWED_TARGET_PREFIXES:
-        ALLOWED_TARGET_PREFIXES.append("tools.histories.")
+PREFIX = "tools.histories."  # NeMo builds the encoders of this package by name
 
 
 def build(history: History, version: str, cfg, trainer=None):
     """The model of a version, `cfg` filled in."""
     from recipes.train import build_model
 
-    allow_targets()
+    allow_targets(PREFIX)
     if version != "fixed" and history.model:
         from hydra.utils import get_class
 
@@ -52,7 +44,7 @@ def train(history: History, version: str, manifests, folder: Path, steps: int | 
     from tools.histories.unprotected import StopAfterNaN
 
     quiet_nemo()
-    allow_targets()
+    allow_targets(PREFIX)
     folder.mkdir(parents=True, exist_ok=True)
     cfg = configuration(history, version, *manifests, folder, steps)
     with open_dict(cfg):

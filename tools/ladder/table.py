@@ -7,7 +7,7 @@ from pathlib import Path
 
 from manifests.schema import write_atomic
 from tools.report.__main__ import commit, hardware
-from tools.report.curve import LETTER_FREQUENCY_LOSS, read_curve
+from tools.report.curve import mark_letter_frequencies, read_curve, save_picture
 
 
 def write(out: Path, about: dict, results: list[dict]) -> None:
@@ -83,13 +83,7 @@ def draw(curves: dict[str, Path], out: Path, unit: str = "character") -> None:
         axis.set_xlabel("step")
         axis.set_title(f"loss, nats a {unit}", loc="left", fontsize=9)
         if unit == "character":
-            axis.axhline(LETTER_FREQUENCY_LOSS, color="grey", linewidth=0.8, linestyle=":")
-            axis.text(0.99, LETTER_FREQUENCY_LOSS, "letter frequencies only", transform=axis.get_yaxis_transform(),
-                      ha="right", va="bottom", color="grey", fontsize=8)
+            mark_letter_frequencies(axis)
         if axis.get_legend_handles_labels()[1]:
             axis.legend(frameon=False, fontsize=8)
-        figure.tight_layout()
-        part = out.with_name(f".part-{out.name}")
-        figure.savefig(part, dpi=130, format="png")
-        plt.close(figure)
-    part.replace(out)
+        save_picture(figure, out)

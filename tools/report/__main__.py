@@ -127,8 +127,10 @@ def commit(folder: Path | None = None) -> str:
     Of the checkout as it is now where the run left no note; "unknown" outside git.
     """
     note = folder / "git-info.log" if folder else None
-    if note and note.is_file() and (found := re.match(r"commit hash: ([0-9a-f]{7})[0-9a-f]*\n(.*)", note.read_text(), re.S)):
-        return found[1] + ("+" if "diff --git" in found[2] else "")
+    if note and note.is_file():
+        found = re.match(r"commit hash: ([0-9a-f]{7})[0-9a-f]*\n(.*)", note.read_text(), re.DOTALL)
+        if found:
+            return found[1] + ("+" if "diff --git" in found[2] else "")
     try:
         named = subprocess.run(["git", "describe", "--always", "--dirty=+"], capture_output=True, text=True, check=True)
     except (OSError, subprocess.CalledProcessError):

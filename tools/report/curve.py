@@ -57,9 +57,7 @@ def draw(runs: dict[str, Path], out: Path) -> None:
                     axis.plot(steps, [value * scale for value in values], style, color=colours[at], label=text or None,
                               linewidth=1.4, marker=marker, markersize=3)
             axis.set_title(title, loc="left", fontsize=9)
-    axes[0, 0].axhline(LETTER_FREQUENCY_LOSS, color="grey", linewidth=0.8, linestyle=":")
-    axes[0, 0].text(0.99, LETTER_FREQUENCY_LOSS, "letter frequencies only", transform=axes[0, 0].get_yaxis_transform(),
-                    ha="right", va="bottom", color="grey", fontsize=8)
+    mark_letter_frequencies(axes[0, 0])
     axes[0, 0].set_ylim(bottom=0, top=6)
     for axis in (axes[0, 1], axes[1, 0]):
         axis.set_ylim(0, 105)
@@ -68,6 +66,20 @@ def draw(runs: dict[str, Path], out: Path) -> None:
     for axis in axes.flat[:3]:
         if axis.get_legend_handles_labels()[1]:
             axis.legend(frameon=False, fontsize=8)
+    save_picture(figure, out)
+
+
+def mark_letter_frequencies(axis) -> None:
+    """A dotted line where a character model stays that has learned no speech."""
+    axis.axhline(LETTER_FREQUENCY_LOSS, color="grey", linewidth=0.8, linestyle=":")
+    axis.text(0.99, LETTER_FREQUENCY_LOSS, "letter frequencies only", transform=axis.get_yaxis_transform(),
+              ha="right", va="bottom", color="grey", fontsize=8)
+
+
+def save_picture(figure, out: Path) -> None:
+    """Writes a figure of pyplot as PNG, whole or not at all, and closes it."""
+    import matplotlib.pyplot as plt
+
     figure.tight_layout()
     part = out.with_name(f".part-{out.name}")
     figure.savefig(part, dpi=130, format="png")
