@@ -153,6 +153,7 @@ def evaluate_model(model, manifests, *, output=None, names=None, batch_seconds: 
     metrics = {
         "model": str(Path(model_path).resolve()) if model_path else None,
         "model_class": f"{type(model).__module__}.{type(model).__qualname__}",
+        "parameters": sum(parameter.numel() for parameter in model.parameters()),
         "device": str(next(model.parameters()).device),
         "decoding": "greedy CTC",
         "normalisation": NORMALISATION,

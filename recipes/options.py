@@ -14,6 +14,8 @@ from typing import Any, NoReturn
 from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
+from recipes.pretrained import FOLDERS, pretrained_path
+
 EXIT_FAILED, EXIT_USAGE = 1, 2
 
 
@@ -103,8 +105,14 @@ def existing_file(key: str, value: Any, what: str) -> Path:
 
 
 def existing_model(value: Any) -> Path:
-    """The path of a saved model, by its name and not opened. Raises UsageError."""
-    kinds = "a .nemo, or a Lightning .ckpt of a NeMo model"
+    """The path of a saved model, not opened; the name of a recipe is its pretrained one. Raises UsageError."""
+    kinds = "a .nemo, or a Lightning .ckpt of a NeMo model, or the name of a recipe with pretrained weights"
+    if value in FOLDERS and not Path(value).exists():
+        path = pretrained_path(value)
+        if not path.is_file():
+            there = [name for name in FOLDERS if pretrained_path(name).is_file()]
+            raise UsageError(f"model={value}: no pretrained weights of it here; there are {', '.join(there) or 'none'}")
+        return path
     path = existing_file("model", value, kinds)
     if path.suffix not in (".nemo", ".ckpt"):
         raise UsageError(f"model={value}: {path.suffix or 'no suffix'} is no known kind; give {kinds}")

@@ -6,6 +6,7 @@ import pytest
 
 from tools.report.__main__ import commit, error_table, main
 from tools.report.curve import draw, read_curve
+from tools.report.results import ROOT, page
 
 HEADER = ("step,seconds,loss,loss_per_char,blank_rate,learning_rate,grad_norm,audio_seconds_per_second,memory_mb,"
           "val_loss,val_wer,val_cer,val_blank_rate\n")
@@ -30,11 +31,11 @@ def run(tmp_path):
 
 
 def test_published_results_name_command_and_hardware_and_no_path(run, tmp_path, capsys):
-    (run / "config.yaml").write_text("corpus: {name: mini}\n")
+    (run / "config.yaml").write_text("name: conformer_bpe\ncorpus: {name: mini}\n")
     metrics = json.loads((run / "evaluation" / "metrics.json").read_text())
-    metrics |= {"decoding": "greedy CTC", "normalisation": "lower case", "interval": "bootstrap"}
+    metrics |= {"parameters": 2_000_000, "decoding": "greedy CTC", "normalisation": "lower case", "interval": "bootstrap"}
     (run / "evaluation" / "metrics.json").write_text(json.dumps(metrics))
-    kept = tmp_path / "results"
+    kept = tmp_path / "recipes" / "conformer_bpe" / "results"
     assert main([str(run), "--publish", str(kept), "--command", "./run.sh"]) == 0
     assert {path.name for path in kept.iterdir()} == {"mini.csv", "mini.png", "mini.json"}
     text = (kept / "mini.json").read_text()
@@ -43,6 +44,18 @@ def test_published_results_name_command_and_hardware_and_no_path(run, tmp_path, 
     assert result["command"] == "./run.sh" and "cores of" in result["hardware"] and result["overall"]["wer"] == 0.5
     with pytest.raises(SystemExit):
         main([str(run), "--publish", str(kept)])
+
+    beside = tmp_path / "recipes" / "conformer" / "results"  # BPE and characters share a folder
+    assert main([str(run), "--publish", str(beside), "--command", "./run.sh --model conformer_bpe"]) == 0
+    assert {path.name for path in beside.iterdir()} == {f"conformer_bpe_mini{s}" for s in (".csv", ".png", ".json")}
+    text = page(tmp_path)
+    assert "## mini" in text and "recipes/conformer/results/conformer_bpe_mini.png" in text
+    for words in ("| test | 1 | 50.0 (50.0 to 50.0) | 33.3 |", "2.0 M | 20 | 0.1 min", "`./run.sh --model conformer_bpe`"):
+        assert words in text
+
+
+def test_the_results_page_is_that_of_the_published_runs():
+    assert (ROOT / "RESULTS.md").read_text() == page(), "run python -m tools.report.results"
 
 
 def test_report_holds_table_transcripts_and_what_was_trained(run, capsys):

@@ -100,15 +100,18 @@ def report(folder: Path) -> Path:
 def publish(folder: Path, results: Path, command: str) -> Path:
     """Copies the curve and the error counts of a reported run to `results/<corpus>.*`; returns the JSON's path.
 
-    The corpus is what the run's configuration names. Raises OSError, KeyError or ValueError where the run has not been
+    Corpus and recipe are what the run's configuration names; where the folder belongs to another recipe (conformer_bpe
+    in conformer/), the name is `<recipe>_<corpus>`. Raises OSError, KeyError or ValueError where the run has not been
     evaluated and reported.
     """
     import yaml
 
-    name = yaml.safe_load((folder / "config.yaml").read_text())["corpus"]["name"]
+    config = yaml.safe_load((folder / "config.yaml").read_text())
+    recipe, corpus = config["name"], config["corpus"]["name"]
+    name = corpus if recipe == results.resolve().parent.name else f"{recipe}_{corpus}"
     metrics = json.loads((folder / "evaluation" / "metrics.json").read_text())
-    kept = {"command": command, "commit": commit(folder), "hardware": hardware()}
-    kept |= {key: metrics[key] for key in ("decoding", "normalisation", "interval", "overall")}
+    kept = {"recipe": recipe, "corpus": corpus, "command": command, "commit": commit(folder), "hardware": hardware()}
+    kept |= {key: metrics[key] for key in ("parameters", "decoding", "normalisation", "interval", "overall")}
     kept["manifests"] = [
         {key: value for key, value in part.items() if key not in ("manifest", "predictions")}
         for part in metrics["manifests"]
