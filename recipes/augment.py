@@ -1,4 +1,4 @@
-"""Augmentation of features: other vocal tracts, then masks.
+"""Augmentation of features: other tempi, other vocal tracts, then masks.
 
 Shapes: B batch, D mel bins, T frames.
 """
@@ -6,6 +6,7 @@ Shapes: B batch, D mel bins, T frames.
 from __future__ import annotations
 
 import torch
+import torch.nn.functional as F
 from nemo.collections.asr.modules import SpectrogramAugmentation
 from nemo.core.classes.common import typecheck
 from torch import Tensor
@@ -45,3 +46,16 @@ def warp_matrix(factors_B: Tensor, bins: int) -> Tensor:
     places_BD = (torch.arange(bins, device=factors_B.device) * factors_B[:, None]).clamp(max=bins - 1)
     distance_BDD = (places_BD[:, :, None] - torch.arange(bins, device=factors_B.device)).abs()
     return (1 - distance_BDD).clamp(min=0)
+
+
+def change_tempo(features_BDT: Tensor, lengths_B: Tensor, tempo: float) -> tuple[Tensor, Tensor]:
+    """Features and lengths in frames, all slower or faster by one factor between 1 - ``tempo`` and 1 + ``tempo``.
+
+    Frames are read at places stretched in time, between their two neighbours: what sox calls tempo, the pitch stays
+    (with a warp of the frequencies the two are about the speed perturbation of Ko et al. 2015, Interspeech). It works
+    on features that were computed once. Faster speech has fewer frames for its characters: mind the frame rate.
+    """
+    factor = 1 + tempo * (2 * float(torch.rand(())) - 1)
+    frames = max(round(features_BDT.shape[2] * factor), 1)
+    stretched = F.interpolate(features_BDT, size=frames, mode="linear", align_corners=False)
+    return stretched, (lengths_B * (frames / max(features_BDT.shape[2], 1))).round().to(lengths_B.dtype)

@@ -22,6 +22,7 @@ from nemo.core.classes.mixins import AccessMixin
 from omegaconf import DictConfig, OmegaConf, open_dict
 from torch import Tensor
 
+from recipes.augment import change_tempo
 from recipes.consistency import consistency_loss, two_views
 from recipes.ctc_loss import CTCLoss
 from recipes.data import CharEncoder, ResumableLoader, lhotse_loader, manifest_loader, read_rows
@@ -128,6 +129,8 @@ class _RecipeModel:
         else:
             features_BDT, feature_lengths = self.preprocessor(input_signal=signals, length=signal_lengths)
             signals_a_second = self.preprocessor._sample_rate
+        if tempo := self._cfg.get("tempo", 0.0):
+            features_BDT, feature_lengths = change_tempo(features_BDT, feature_lengths, tempo)
         if consistency:
             features_BDT, feature_lengths, targets_BS, target_lengths = two_views(
                 features_BDT, feature_lengths, targets_BS, target_lengths

@@ -15,6 +15,7 @@ if not __package__:  # started by path: the project's root in place of this fold
     sys.path[0] = str(Path(__file__).resolve().parent.parent)
 
 from recipes.config import CONF, COMPUTED, ConfigError, check_against_code, compose, hydra_arguments, recipes
+from recipes.pretrained import FOLDERS, pretrained_path
 from recipes.quiet import quiet_imports, quiet_nemo
 from recipes.threads import set_threads
 
@@ -126,10 +127,12 @@ def build_model(cfg, trainer=None):
 def load_weights(model, path: str) -> None:
     """Weights of a `.nemo` into `model`, all whose name and shape agree; says what did not.
 
+    `path` may be the name of a recipe: its pretrained weights.
     Raises ConfigError where the file is missing or nothing agrees.
     """
     from nemo.collections.asr.models import ASRModel
 
+    path = str(pretrained_path(path)) if path in FOLDERS else path
     if not Path(path).is_file():
         raise ConfigError(f"init_from: no file {path}")
     source = ASRModel.restore_from(path, map_location="cpu").state_dict()
@@ -179,8 +182,9 @@ def fill_in(cfg) -> None:
         count = max(min(int(cfg.training.validations), trainer.max_steps), 1)
         if computed:
             trainer.max_steps -= trainer.max_steps % count
-        while trainer.max_steps % count:  # a number of steps that was asked for stays
-            count -= 1
+        # A number of steps that was asked for stays: of the counts near the one wanted that which leaves the fewest
+        # steps after the last validation, at the lowest learning rates; none where it divides.
+        count = min(range(count, (count - 1) // 2, -1), key=lambda n: trainer.max_steps % n)
         trainer.val_check_interval = trainer.max_steps // count
     schedule = cfg.model.optim.sched
     schedule.warmup_steps = max(int(cfg.training.warmup_share * trainer.max_steps), 1)

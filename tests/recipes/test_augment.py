@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from recipes.augment import WarpedSpectrogramAugmentation, warp_matrix
+from recipes.augment import WarpedSpectrogramAugmentation, change_tempo, warp_matrix
 
 
 def test_a_factor_of_one_leaves_the_bins_and_others_read_between_two():
@@ -39,3 +39,19 @@ def test_without_a_warp_it_is_nemos():
 def test_a_warp_that_cannot_be_is_one_line(warp):
     with pytest.raises(ValueError, match=f"warp={warp}"):
         WarpedSpectrogramAugmentation(warp=warp)
+
+
+def test_tempo_stretches_features_and_lengths_together_and_padding_stays_behind():
+    torch.manual_seed(0)
+    ramp = torch.arange(200.0).repeat(2, 3, 1)
+    ramp[1, :, 150:] = -1000.0  # padding
+    factors = set()
+    for _ in range(50):
+        x, lengths = change_tempo(ramp, torch.tensor([200, 150]), 0.1)
+        factor = x.shape[2] / 200
+        factors.add(factor)
+        assert lengths.tolist() == [x.shape[2], round(150 * factor)] and lengths.dtype == torch.int64
+        places = (torch.arange(x.shape[2]) + 0.5) / factor - 0.5
+        torch.testing.assert_close(x[0, 0], places.clamp(0, 199), atol=1e-3, rtol=0)
+        assert (x[1, :, int(lengths[1]) + 1 :] < -500).all() and (x[1, :, : int(lengths[1]) - 1] >= 0).all()
+    assert 0.9 <= min(factors) < 0.93 and 1.07 < max(factors) <= 1.1

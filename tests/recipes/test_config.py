@@ -118,3 +118,13 @@ def test_both_ways_to_start_refuse_without_a_traceback(start):
     done = subprocess.run([sys.executable, *start, "model.optim.lrr=1"], cwd=ROOT, capture_output=True, text=True)
     assert done.returncode == 2
     assert done.stderr.count("\n") == 1 and "model.optim.lr?" in done.stderr
+
+
+@pytest.mark.parametrize("steps", [503, 500, 7, 1, 1999])
+def test_steps_that_were_asked_for_are_validated_about_as_often_as_wanted_and_near_the_end(steps):
+    from recipes.train import fill_in
+
+    cfg = compose("deepspeech2", [f"trainer.max_steps={steps}", "training.validations=8"])
+    fill_in(cfg)
+    count, left = divmod(steps, cfg.trainer.val_check_interval)
+    assert cfg.trainer.max_steps == steps and min(4, steps) <= count <= 8 and left <= 3

@@ -126,7 +126,8 @@ def test_a_rung_changes_what_it_says_and_nothing_else(overrides):
     assert settings(ALL, cfg, 28800.0) == {}
     assert heart["training.global_batch_seconds"] == 40 and hour["training.global_batch_seconds"] == 160
     silenced = {"model.encoder.dropout", "model.encoder.dropout_pre_encoder", "model.encoder.dropout_att",
-                "model.spec_augment", "model.preprocessor.dither", "model.consistency_weight", "init_from"}
+                "model.spec_augment", "model.preprocessor.dither", "model.tempo", "model.consistency_weight",
+                "init_from"}
     assert set(heart) - set(hour) == silenced and not set(hour) - set(heart)
     folder = "/tmp/it's, a={b} \\'c"
     changed = {**heart, "exp_manager.explicit_log_dir": folder}

@@ -165,7 +165,8 @@ def settings(rung: Rung, cfg, seconds: float) -> dict[str, object]:
         "exp_manager.checkpoint_callback_params.save_top_k": 1,
     }
     if not rung.regularised:
-        changed |= {"model.spec_augment": None, "model.preprocessor.dither": 0.0, "model.consistency_weight": 0.0}
+        changed |= {"model.spec_augment": None, "model.preprocessor.dither": 0.0}
+        changed |= {"model.tempo": 0.0, "model.consistency_weight": 0.0}
         changed |= {f"model.encoder.{key}": 0.0 for key in cfg.model.encoder if str(key).startswith("dropout")}
         changed["init_from"] = None
     return changed
