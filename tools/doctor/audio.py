@@ -1,14 +1,21 @@
-"""What the samples of utterances drawn at random say: silence, clipping, scale, a missing upper band. No torch."""
+"""What the samples of utterances drawn at random say: silence, clipping, scale, a missing upper band. No torch.
+
+Of utterances in shards (manifests/shards_format.py), whose headers the validator leaves alone, also whether they are
+where their rows say, and as their rows say.
+"""
 
 from __future__ import annotations
 
+import io
 import random
+from functools import partial
 
 import numpy as np
 import soundfile
 
+from manifests.shards_format import ShardError, is_sharded, read_shard
 from tools.doctor.finding import Finding, Plot
-from tools.doctor.registry import check
+from tools.doctor.registry import NotExamined, check
 from tools.doctor.subject import Subject
 
 SAMPLED = {"train": 120, "validation": 40, "test": 40}  # utterances read of each role
@@ -16,34 +23,57 @@ LONGEST = 20.0  # seconds read of each
 SILENT, QUIET, LOUD = 3e-4, 3e-3, 1.05  # peak amplitudes, full scale is 1
 CLIPPED = 1e-3  # share of samples that lie on a flat top
 MANY = 0.2
+OFF = 0.05  # seconds between a row's duration and its audio's, as the validator takes it for single files
 
 
 def sampled_audio(subject: Subject) -> list[dict]:
     """Figures of the utterances drawn: role, at, file, peak, rms, mean, flat, spread, high; made once.
 
     flat: share of samples in runs of 3 or more at the largest amplitude; spread: dB between loud and quiet frames;
-    high: share of energy above 55 % of the highest frequency; finite.
+    high: share of energy above 55 % of the highest frequency; finite. Raises NotExamined where none can be read.
     """
     if not hasattr(subject, "_audio_figures"):
         figures = []
-        for role, count in SAMPLED.items():
-            rows = subject.rows.get(role, [])
-            chosen = random.Random(subject.seed).sample(range(len(rows)), min(count, len(rows)))
-            for i in sorted(chosen):
-                found = measure(rows[i]["audio_filepath"], rows[i].get("offset", 0), rows[i]["duration"])
+        for role in SAMPLED:
+            for row in drawn_rows(subject, role):
+                found = measure(row)
                 if found is not None:
-                    figures.append({"role": role, "at": rows[i]["_at"], "file": rows[i]["audio_filepath"], **found})
+                    figures.append({"role": role, "at": row["_at"], "file": row["audio_filepath"], **found})
         subject._audio_figures = figures
+    if not subject._audio_figures:
+        drawn = [row for role in SAMPLED for row in drawn_rows(subject, role)]
+        if any(in_foreign_tar(row) for row in drawn):
+            raise NotExamined("the audio is in tar files, and the rows do not say where in them (no tar_offset): "
+                              "python -m manifests.shards writes rows that do")
+        raise NotExamined(f"none of the {len(drawn)} utterances drawn can be read")
     return subject._audio_figures
 
 
-def measure(path: str, offset: float, duration: float) -> dict | None:
+def drawn_rows(subject: Subject, role: str) -> list[dict]:
+    """The rows of a role whose audio is read, drawn at random, in the manifest's order."""
+    rows = subject.rows.get(role, [])
+    chosen = random.Random(subject.seed).sample(range(len(rows)), min(SAMPLED[role], len(rows)))
+    return [rows[i] for i in sorted(chosen)]
+
+
+def in_foreign_tar(row: dict) -> bool:
+    """Whether a row's audio is in a tar at a place that nothing says: NeMo's own shards."""
+    return "shard_id" in row and not is_sharded(row)
+
+
+def opened(row: dict) -> soundfile.SoundFile:
+    """A row's audio file, be it in a shard. Raises RuntimeError, OSError or ValueError where it cannot be read."""
+    path = row["audio_filepath"]
+    return soundfile.SoundFile(io.BytesIO(read_shard(path, row)) if is_sharded(row) else path)
+
+
+def measure(row: dict) -> dict | None:
     """Figures of one utterance's samples (see sampled_audio); None where it cannot be read."""
     try:
-        with soundfile.SoundFile(path) as file:
+        with opened(row) as file:
             rate = file.samplerate
-            file.seek(round(offset * rate))
-            x = file.read(round(min(duration, LONGEST) * rate), dtype="float32", always_2d=True).mean(axis=1)
+            file.seek(round(row.get("offset", 0) * rate))
+            x = file.read(round(min(row["duration"], LONGEST) * rate), dtype="float32", always_2d=True).mean(axis=1)
     except (RuntimeError, OSError, ValueError):
         return None
     if len(x) < 400:
@@ -188,3 +218,46 @@ def upper_band(subject):
                 0.6,
                 where=hit[0]["at"],
             )
+
+
+@check("audio", faults=("data-missing-audio", "data-channels", "data-duration-wrong"), needs=("manifests",))
+def shards(subject):
+    """Utterances in shards are where their rows say, and as their rows say."""
+    sharded = {role: [row for row in drawn_rows(subject, role) if is_sharded(row)] for role in SAMPLED}
+    for role, rows in sharded.items():
+        lost, stereo, other = [], [], []
+        for row in rows:
+            try:
+                with opened(row) as file:
+                    seconds = file.frames / file.samplerate
+                    off = seconds - row["duration"] if "offset" not in row else 0.0
+                    stereo += [(row, f"{file.channels} channels")] if file.channels != 1 else []
+                    other += [(row, f"{row['duration']} s in the row, {seconds:.2f} s in the tar")] \
+                        if abs(off) > OFF else []
+            except (ShardError, RuntimeError, OSError, ValueError) as error:
+                lost.append((row, " ".join(str(error).split())))
+        found = partial(_of_shards, role, len(rows))
+        if lost:
+            yield found("data-missing-audio", lost, "cannot be read from their shards",
+                        "The manifest and the tar files are not of one run, or a copy was cut off.",
+                        ["python -m manifests.shards MANIFEST --out DIR --verify names what is wrong; copy or write "
+                         "those shards again"], 0.0)
+        if stereo:
+            yield found("data-channels", stereo, "have more than one channel",
+                        "NeMo's loaders die of them, or make a batch with one axis too many.",
+                        ["mix down to one channel and write the shards again"], 0.0)
+        if other:
+            yield found("data-duration-wrong", other, "are not as long as their rows say",
+                        "Batches are made by the rows' durations, and limits of length apply to them.",
+                        ["write the shards again from a manifest that `python -m manifests.validate --audio` passes"],
+                        MANY)
+    if not any(sharded.values()):
+        raise NotExamined("no manifest is of shards")
+
+
+def _of_shards(role, drawn, fault, hit, symptom, cause, fix, least) -> Finding:
+    return Finding(
+        fault, "prevents" if role == "train" and len(hit) >= least * drawn else "warning",
+        f"{len(hit)} of {drawn} utterances drawn from the shards of {role} {symptom}: {hit[0][0]['_at']}: {hit[0][1]}.",
+        cause, {"share": round(len(hit) / drawn, 3), "drawn": drawn,
+                "first": [f"{row['_at']}: {what}"[:200] for row, what in hit[:5]]}, fix, 1.0, where=hit[0][0]["_at"])

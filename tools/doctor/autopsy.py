@@ -199,8 +199,9 @@ def forward_again(model, batch, batch_idx: int, state: RandomState | None, call)
     try:
         with torch.no_grad(), watch:
             if is_nemo(model) and isinstance(batch, (list, tuple)) and len(batch) >= 2:
+                kind = "processed_signal" if batch[0].ndim == 3 else "input_signal"  # features, where they are kept
                 with torch.autocast(model.device.type, **_autocast(model)):
-                    model.forward(input_signal=batch[0], input_signal_length=batch[1])
+                    model.forward(**{kind: batch[0], f"{kind}_length": batch[1]})
             else:
                 _quiet_step(model, batch, batch_idx)
     except Exception as error:  # what was seen up to the error is still worth reporting

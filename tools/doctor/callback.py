@@ -100,7 +100,7 @@ class Doctor(Callback):
         self.examined = ["run: optimizer and schedule of the live trainer"]
         self._frames = Frames(utterances.labels_of(pl_module))
         manifests = trace.settings.manifests.get("train", []) if trace.settings is not None else []
-        self._delivered = Delivered(manifests, utterances.rate_of(pl_module))
+        self._delivered = Delivered(manifests, utterances.rate_of(pl_module), utterances.frame_rate_of(pl_module))
         self._listener.open()
         self._begun = time.perf_counter()
         self._batch_ended = None
@@ -260,7 +260,9 @@ class Doctor(Callback):
         need = room = None
         if call is not None:
             need, room = call.room()
-            self.trace.utterances_seen += len(room)
+            rows = len(room) // utterances.views(self._batch[0], len(room))
+            need, room = need[:rows], room[:rows]  # of several views of an utterance the first
+            self.trace.utterances_seen += rows
             self.trace.zero_infinity = call.zero_infinity or call.reduction == "none"
             asked.append((need <= room).all())
         numbers = [value.float().mean() if call is None else call.per_label().float(),
@@ -384,6 +386,8 @@ class Doctor(Callback):
         end it is what was written then."""
         if self._final is not None:
             return self._final
+        if not (self.examined or self.fixed or self.trace.series):
+            return Report(not_examined=["run: it has not begun"])
         found, ruled_out, missing = diagnose(self.trace)
         fixed_ids = {finding.id for finding in self.fixed}
         found = [*self.fixed, *[finding for finding in found if finding.id not in fixed_ids]]

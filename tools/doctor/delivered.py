@@ -27,12 +27,13 @@ class Delivered:
     Args:
         manifests: paths of the training manifests.
         rate: of the audio, Hz.
+        frame_rate: of features, Hz, where they are delivered in place of audio.
     """
 
     title = "loader: text and audio of the rows delivered, against the manifest"
 
-    def __init__(self, manifests: list[str], rate: int):
-        self.manifests, self.rate = list(manifests), rate
+    def __init__(self, manifests: list[str], rate: int, frame_rate: float = 100.0):
+        self.manifests, self.rate, self.frame_rate = list(manifests), rate, frame_rate
         self.batches: list[list[tuple[float, str]]] = []
         self.judged = False
         self._durations: dict[str, list[float]] | None = None
@@ -48,12 +49,19 @@ class Delivered:
         return bool(self.manifests) and not self.judged and self.rows < ROWS
 
     def add(self, batch, texts: list[str]) -> None:
-        """Takes a batch of NeMo's kind, (audio (B, samples), lengths (B), ...), and the texts of its targets."""
-        if not isinstance(batch, (list, tuple)) or len(batch) < 4 or getattr(batch[0], "ndim", 0) != 2:
+        """Takes a batch of NeMo's kind, (audio (B, samples) or features (B, D, T), lengths (B), ...), and its texts.
+
+        There may be more texts, of further views of the same utterances.
+        """
+        if not isinstance(batch, (list, tuple)) or len(batch) < 4 or getattr(batch[0], "ndim", 0) not in (2, 3):
             return
         counts = batch[1].tolist() if hasattr(batch[1], "tolist") else []
-        if len(counts) == len(texts):
-            self.batches.append([(count / self.rate, text) for count, text in zip(counts, texts)])
+        if batch[0].ndim == 3:  # a frame more than there are steps between frames
+            seconds = [(count - 1) / self.frame_rate for count in counts]
+        else:
+            seconds = [count / self.rate for count in counts]
+        if counts and len(texts) % len(counts) == 0 and texts == texts[: len(counts)] * (len(texts) // len(counts)):
+            self.batches.append(list(zip(seconds, texts)))
 
     def judge(self) -> list[Finding]:
         """Findings on all that was delivered. Raises NotExamined where too few rows can be told."""

@@ -149,7 +149,10 @@ def parameter_groups(probe) -> tuple[list[dict], str] | None:
         made = made.get("optimizer") if isinstance(made, dict) else made
         return (made.param_groups, "configure_optimizers") if hasattr(made, "param_groups") else None
     if hasattr(model, "setup_optimizer_param_groups"):
-        model.setup_optimizer_param_groups()
+        try:
+            model.setup_optimizer_param_groups()
+        except Exception as error:  # anybody's code; ours asks a model's own configuration, which may have no optim
+            raise NotExamined(f"its groups of parameters cannot be made ({type(error).__name__}: {error})") from None
         groups = model._optimizer_param_groups
         groups = [g if isinstance(g, dict) else {"params": [g]} for g in groups]
         return [{**g, "params": list(g["params"])} for g in groups], "setup_optimizer_param_groups"

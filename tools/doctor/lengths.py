@@ -223,8 +223,33 @@ def targets_fit(subject):
         frames = featurize(samples).tolist() if featurize else (samples * 100 // probe.sample_rate).tolist()
         room = [rule(int(t)) for t in frames]
         yield from _too_long(probe, role, kept, need, room, rule)
+        tempo = subject.settings.number("model.tempo", 0.0) if subject.settings is not None else 0.0
+        if role == "train" and 0 < tempo < 1:
+            fast = [rule(max(int(t * (1 - tempo)), 1)) for t in frames]
+            yield from _too_fast(subject.settings, tempo, kept, need, room, fast)
     if not judged:
         raise NotExamined("no text of the manifests can be spelt with the labels")
+
+
+def _too_fast(settings, tempo, rows, need, room, fast):
+    """A finding for utterances whose targets fit as they are spoken, and not at the fastest tempo drawn in training."""
+    lost = [i for i in range(len(rows)) if fast[i] < need[i] <= room[i]]
+    if not lost:
+        return
+    share, key = len(lost) / len(rows), settings.key("model.tempo")
+    yield Finding(
+        "data-target-too-long",
+        "warning" if share > 0.02 else "note",
+        f"{len(lost)} of {len(rows)} utterances of train have targets that fit as they are spoken, and not into what "
+        f"is left of them at the fastest tempo of training ({key}={tempo:g}). First {rows[lost[0]]['_at']}: "
+        f"{need[lost[0]]} needed, {fast[lost[0]]} frames.",
+        "Faster speech has fewer frames for the same letters. In the batches in which they do not fit, nothing is "
+        "learned from these utterances.",
+        {"utterances": len(lost), "of": len(rows), "share": round(share, 4), "tempo": tempo},
+        [f"a smaller {key}, or less subsampling"],
+        0.9,
+        where=key,
+    )
 
 
 def _too_long(probe, role, rows, need, room, rule):

@@ -10,7 +10,10 @@ from tools.doctor.finding import Finding
 from tools.doctor.registry import NotExamined, check
 
 TOLERANCE = 0.01  # relative
-STOOD_IN_FOR = ("log", "log_dict", "_trainer", "_optimizer", "_train_dl")  # attributes of a model, for one step
+ALIKE = 0.3  # correlation of outputs in time above which they are of the same audio, be it faster, slower or masked
+UNLIKE = 0.15  # and below which they have nothing to do with each other
+# Attributes of a model, for one step.
+STOOD_IN_FOR = ("log", "log_dict", "_trainer", "_optimizer", "_train_dl", "forward")
 
 
 def call_loss(model, log_probs: Tensor, targets: Tensor, input_lengths: Tensor, target_lengths: Tensor) -> Tensor:
@@ -126,7 +129,6 @@ def loss_is_ctc(subject):
         )
 
 
-
 @check("loss", faults=("loss-wrong",), needs=("model",))
 def training_step_uses_it(subject):
     """A training step's loss is the CTC loss of the model's outputs and the batch's targets."""
@@ -136,37 +138,51 @@ def training_step_uses_it(subject):
         raise NotExamined("the model names no labels")
     with probe.ready(train=True):
         step = run_training_step(probe)
-        out, targets, frames, sizes = step.truth
-        if step.loss is None:
-            raise NotExamined(f"the training step does not run outside a trainer ({step.error})")
-        feasible = reference(out, targets, frames, sizes, width - 1)
+    if step.loss is None:
+        raise NotExamined(f"the training step does not run outside a trainer ({step.error})")
+    truth, alike = step.seen()
+    out, targets, frames, sizes = truth
+    feasible = reference(out, targets, frames, sizes, width - 1)
     if not bool(torch.isfinite(feasible).all()) or not bool(torch.isfinite(out).all()):
         raise NotExamined("outputs or losses of the probe's batch are not finite")
     expected = reductions(feasible, sizes)
     own = float(step.loss.detach())
     nearest = min(expected, key=lambda name: abs(expected[name] - own))
-    given = step.given
-    wrong = [] if given is None else _otherwise(given, (out, targets, frames, sizes))
-    if step.extra or abs(expected[nearest] - own) <= 2 * TOLERANCE * abs(expected[nearest]):
+    near = abs(expected[nearest] - own) <= 2 * TOLERANCE * abs(expected[nearest])
+    # Losses of inner layers are mixed into it: the whole then lies between them.
+    values = [value for _, value in step.calls]
+    near = near or len(values) > 1 and min(values) * (1 - TOLERANCE) <= own <= max(values) * (1 + TOLERANCE)
+    wrong = [] if step.given is None else _otherwise(step.given, truth)
+    for inner, _ in step.calls[1:]:
+        wrong += [name for name in _otherwise(inner, truth) if name in ("targets", "target lengths", "input lengths")]
+    if alike < ALIKE:
+        wrong.append("audio")
+    if near:
         # A fresh model's loss hardly tells right targets from wrong ones: what it was given does.
         wrong = [name for name in wrong if name != "log-probs"]
-        if not wrong or step.extra:
+        if not wrong:
             return
+    wrong = list(dict.fromkeys(wrong))
     # NeMo's loss on the right inputs, and then something on top: an auxiliary term or a scale that may be meant.
-    on_top = given is not None and not wrong and own > 0 and 0.2 < own / max(expected[nearest], 1e-9) < 5
+    on_top = bool(step.calls) and not wrong and own > 0 and 0.2 < own / max(expected[nearest], 1e-9) < 5
+    unlike = wrong == ["audio"]
+    given = [name for name in wrong if name != "audio"]
     yield Finding(
         "loss-wrong",
-        "warning" if on_top else "prevents",
+        "warning" if on_top or unlike and near and alike > UNLIKE else "prevents",
         f"A training step's loss is {own:.4g}; the CTC loss of the same outputs and targets is {expected[nearest]:.4g} "
-        f"({nearest})" + (f". The loss is given other {', '.join(wrong)} than the batch and the model have." if wrong
-                          else "."),
-        "Between the outputs and the number that is minimised something is changed: other targets, lengths of the "
-        "input "
-        "for those of the output, a scale, a term that swamps the rest.",
-        {"own": own, **{f"CTC, {name}": value for name, value in expected.items()}, "given otherwise": wrong},
+        f"({nearest})." + (f" The loss is given other {', '.join(given)} than the batch and the model have."
+                           if given else "")
+        + (" The model's outputs in the step are not those of the batch's audio, nor of the same audio faster, slower "
+           "or more than once." if "audio" in wrong else ""),
+        "Between the batch and the number that is minimised something is changed: other audio, other targets, lengths "
+        "of the input for those of the output, a scale, a term that swamps the rest.",
+        {"own": own, **{f"CTC, {name}": value for name, value in expected.items()}, "given otherwise": wrong,
+         **({"likeness of the outputs to those of the batch": round(alike, 3)} if "audio" in wrong else {}),
+         **({"losses in the step": values} if len(values) > 1 else {})},
         ["training_step: loss = self.loss(log_probs=log_probs, targets=transcript, input_lengths=encoded_len, "
          "target_lengths=transcript_len)"],
-        0.6 if on_top else 0.9,
+        0.6 if on_top else 0.75 if unlike else 0.9,
         where="training_step",
     )
 
@@ -191,14 +207,65 @@ def _otherwise(given, truth) -> list[str]:
 
 
 class TrainingStep:
-    """A training step that was run: its loss, what the loss was given, and what it ought to have been given."""
+    """A training step that was run.
+
+    Attributes:
+        loss: what it returned, None where it does not run.
+        calls: of each CTC loss computed in it, (log-probs, targets, input lengths, target lengths) and its value.
+        outputs: (log-probs (B', T, V+1), lengths (B')) of the one forward pass in it, None where there was another
+            number of them.
+        plain: the same (B) of the batch by a forward pass of one's own, with targets (B, S) and their lengths (B).
+    """
 
     def __init__(self):
         self.loss: Tensor | None = None
-        self.given: tuple | None = None
-        self.truth: tuple | None = None
+        self.calls: list[tuple[tuple, float]] = []
+        self.outputs: tuple[Tensor, Tensor] | None = None
+        self.plain: tuple | None = None
         self.error = ""
-        self.extra = False
+
+    @property
+    def given(self) -> tuple | None:
+        """What the first loss was given: that of the last layer."""
+        return self.calls[0][0] if self.calls else None
+
+    def seen(self) -> tuple[tuple, float]:
+        """((log-probs, targets, input lengths, target lengths) as they ought to be in the step, likeness).
+
+        A step may train on the batch faster or slower, or on several views of it: then its own outputs are what the
+        loss has to be of, with the batch's targets once a view. Where they belong to other audio, their likeness to
+        those of the batch is about 0.
+        """
+        out, targets, frames, sizes = self.plain
+        if self.outputs is None:
+            return self.plain, 1.0
+        own, lengths = self.outputs
+        views, rest = divmod(len(own), max(len(out), 1))
+        if rest or not views or own.shape[2] != out.shape[2]:
+            return self.plain, 1.0
+        orders = [torch.arange(len(out)).repeat(views), torch.arange(len(out)).repeat_interleave(views)]
+        alike = [likeness(own, lengths, out[rows.to(out.device)], frames[rows.to(out.device)]) for rows in orders]
+        best = max(alike)
+        rows = orders[alike.index(best)].to(out.device)
+        return (own, targets[rows], lengths, sizes[rows]), best
+
+
+def likeness(own: Tensor, lengths: Tensor, out: Tensor, frames: Tensor) -> float:
+    """How much outputs (B, T, V+1) with lengths (B) are others stretched in time: the median of their correlations.
+
+    0 where a length is less than half or more than twice what it was.
+    """
+    if bool(((lengths > 2 * frames) | (2 * lengths < frames)).any()):
+        return 0.0
+    found = []
+    for row in range(len(own)):
+        one, two = own[row, : int(lengths[row])].float(), out[row, : int(frames[row])].float()
+        if len(one) < 4 or len(two) < 4:
+            continue
+        two = F.interpolate(two.T[None], size=len(one), mode="linear", align_corners=False)[0].T
+        one, two = one - one.mean(dim=0), two - two.mean(dim=0)
+        found.append(float((one * two).sum() / (one.norm() * two.norm()).clamp(min=1e-12)))
+    return sorted(found)[len(found) // 2] if found else 1.0
 
 
 def run_training_step(probe) -> TrainingStep:
@@ -210,23 +277,30 @@ def run_training_step(probe) -> TrainingStep:
     torch.manual_seed(5)
     with torch.no_grad():
         out = model.forward(input_signal=audio, input_signal_length=audio_lengths)
-    step.truth = (out[0].detach().float(), targets, out[1].detach(), sizes)
-    step.extra = bool(getattr(model, "is_interctc_enabled", lambda: False)())
-    own_loss = model.loss
+    step.plain = (out[0].detach().float(), targets, out[1].detach(), sizes)
+    own_loss, own_forward = model.loss, model.forward
+    passes: list[tuple[Tensor, Tensor]] = []
 
-    def remember(module, args, kwargs):
+    def remember(module, args, kwargs, value):
         values = [*args, *kwargs.values()] if not kwargs else [
             kwargs.get(name, args[i] if i < len(args) else None)
             for i, name in enumerate(("log_probs", "targets", "input_lengths", "target_lengths"))]
-        if step.given is None and len(values) >= 4 and all(isinstance(v, Tensor) for v in values[:4]):
-            step.given = tuple(value.detach() for value in values[:4])
+        if len(values) >= 4 and all(isinstance(v, Tensor) for v in values[:4]) and isinstance(value, Tensor):
+            step.calls.append((tuple(v.detach() for v in values[:4]), float(value.detach().sum())))
+
+    def forward(*args, **kwargs):
+        result = own_forward(*args, **kwargs)
+        if isinstance(result, (tuple, list)) and len(result) > 1 and all(isinstance(r, Tensor) for r in result[:2]):
+            passes.append((result[0].detach().float(), result[1].detach()))
+        return result
 
     handle = None
     if isinstance(own_loss, torch.nn.Module):
-        handle = own_loss.register_forward_pre_hook(remember, with_kwargs=True)
+        handle = own_loss.register_forward_hook(remember, with_kwargs=True)
     held = {name: vars(model)[name] for name in STOOD_IN_FOR if name in vars(model)}
     try:
         stand_in_for_trainer(model)
+        object.__setattr__(model, "forward", forward)
         torch.manual_seed(5)
         takes_ids = "recipes.ctc_model" in {kind.__module__ for kind in type(model).__mro__}
         result = model.training_step(batch if takes_ids else batch[:4], 0)
@@ -242,6 +316,7 @@ def run_training_step(probe) -> TrainingStep:
             vars(model).pop(name, None)
             if name in held:
                 object.__setattr__(model, name, held[name])
+    step.outputs = passes[0] if len(passes) == 1 and passes[0][0].dim() == 3 else None
     return step
 
 

@@ -10,6 +10,7 @@ import importlib
 from pathlib import Path
 
 from omegaconf import DictConfig, OmegaConf, open_dict
+from omegaconf.errors import OmegaConfBaseException
 
 from tools.doctor.finding import Finding
 from tools.doctor.subject import Subject
@@ -121,11 +122,16 @@ def without_data(model_cfg: DictConfig) -> DictConfig:
         root = copy.deepcopy(model_cfg._get_root())
         whole = root if "model" in root else whole
     with open_dict(whole):
-        for key in ("train_ds", "validation_ds", "test_ds", "optim"):
+        for key in ("train_ds", "validation_ds", "test_ds"):
             if key in whole.model:
                 whole.model[key] = None
-        for key in OmegaConf.missing_keys(whole.model):
-            OmegaConf.update(whole.model, key, None)
+        for key in OmegaConf.missing_keys(whole):  # named from the root
+            if key.startswith("model."):
+                OmegaConf.update(whole, key, None)
+        try:  # what groups of parameters a model makes may hang on the optimizer's name
+            OmegaConf.to_container(whole.model.get("optim") or OmegaConf.create(), resolve=True)
+        except OmegaConfBaseException:  # it looks into a part of the configuration that is not there
+            whole.model.optim = None
     OmegaConf.resolve(whole.model)
     return OmegaConf.create(OmegaConf.to_container(whole.model))
 

@@ -271,6 +271,18 @@ def slow_data(trace: Trace) -> list[Finding]:
     if share < SLOW_DATA:
         return []
     workers = trace.settings.get("model.train_ds.num_workers") if trace.settings is not None else None
+    if trace.settings is not None and trace.settings.get("model.train_ds.cache_features"):
+        # The first pass over the data computes the features, in this process; the others find them in memory.
+        late = trace.values("wait", since=0.7)
+        if fmean(late) < SLOW_DATA:
+            return []
+        key = trace.key("model.train_ds.cache_features")
+        return [Finding(
+            "data-slow", "note", f"{share:.0%} of the time went into waiting for the next batch.",
+            f"With {key} the first pass over the data computes the features, later ones find them in memory.",
+            {"share of time waited": share, "at the end": fmean(late)},
+            [f"none, if this run has only begun; if later passes wait too, {key}=false with workers"], 0.8, where=key,
+            plots=[trace.plot("Share of the time spent waiting for data", {"wait": ""}, "share")])]
     return [Finding(
         "data-slow", "warning", f"{share:.0%} of the time went into waiting for the next batch.",
         "Reading and decoding audio does not keep up with the model.",

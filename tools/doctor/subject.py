@@ -7,6 +7,7 @@ of a model is in `probe.py`.
 from __future__ import annotations
 
 import math
+import re
 import time
 from functools import cached_property
 from pathlib import Path
@@ -100,7 +101,7 @@ class Subject:
             role = {"dev": "validation", "val": "validation", "valid": "validation"}.get(role, role)
             paths = [paths] if isinstance(paths, (str, Path)) else list(paths)
             kept = self.manifests.setdefault(role, [])
-            for path in map(str, paths):
+            for path in (part for path in paths for part in expanded(str(path))):
                 if Path(path).is_file():
                     kept.append(path)
                 elif not remembered:
@@ -204,6 +205,16 @@ class Subject:
         """Of the budget. On a machine that is shared, waiting for one's turn counts by a third only."""
         wall, own = time.monotonic() - self._begin[0], time.thread_time() - self._begin[1]
         return self.seconds - max(own, wall / 3)
+
+
+def expanded(path: str) -> list[str]:
+    """The paths that NeMo's patterns of shards stand for: `manifest__OP_0..3_CL_.json`, `manifest_{0..3}.json`."""
+    found = re.search(r"(_OP_|[{(\[<])(\d+)\.\.(\d+)(_CL_|[})\]>])", path)
+    if found is None or Path(path).is_file():
+        return [path]
+    first, last = int(found[2]), int(found[3])
+    numbers = range(first, min(last, first + 99_999) + 1)
+    return [part for n in numbers for part in expanded(f"{path[: found.start()]}{n}{path[found.end():]}")]
 
 
 LIGHT_FAMILIES = {"data", "audio", "pairs", "tokenizer", "schedule", "limits", "run", "metrics"}

@@ -22,9 +22,9 @@ def of_batch(batch, model, call=None, manifests: list[str] = (), limit: int = 20
     """
     if ids := _ids(batch):
         return ids
-    texts = target_texts(model, call) if call is not None else []
+    rows = len(call.input_lengths) // views(batch, len(call.input_lengths)) if call is not None else 0
+    texts = target_texts(model, call)[:rows] if call is not None else []
     if not texts:
-        rows = len(call.input_lengths) if call is not None else 0
         return [f"row {row}" for row in range(rows)]
     seconds = _seconds(batch, model)
     found: dict[int, tuple[float, str]] = {}
@@ -63,6 +63,16 @@ def _ids(batch) -> list[str]:
     return []
 
 
+def views(batch, count: int) -> int:
+    """How many times the loss saw each utterance of a batch: a step may train on several views, one behind the other.
+
+    `count`: utterances of the loss. 1 where it cannot be told.
+    """
+    first = batch[0] if isinstance(batch, (list, tuple)) and batch else None
+    rows = len(first) if getattr(first, "ndim", 0) >= 2 else 0
+    return count // rows if rows and count % rows == 0 else 1
+
+
 def target_texts(model, call) -> list[str]:
     """The texts that the targets of a call spell; empty where the model has neither labels nor a tokenizer."""
     spell = speller(model, call.log_probs.shape[-1])
@@ -96,6 +106,13 @@ def labels_of(model) -> list[str]:
 def rate_of(model) -> int:
     """Samples a second of the audio that the model takes."""
     return int(getattr(getattr(model, "preprocessor", None), "_sample_rate", None) or 16000)
+
+
+def frame_rate_of(model) -> float:
+    """Feature frames a second; 100 where nothing says."""
+    section = getattr(getattr(model, "_cfg", None), "preprocessor", None)
+    stride = section.get("window_stride") if hasattr(section, "get") else None
+    return 1 / stride if isinstance(stride, (int, float)) and stride > 0 else 100.0
 
 
 def note_infeasible(trace, recent, need, room, names: list[str]) -> None:

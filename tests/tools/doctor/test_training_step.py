@@ -1,0 +1,125 @@
+"""The probe of a training step: steps that train on other views of a batch, and steps that spoil it."""
+
+import importlib.util
+
+import pytest
+
+torch = pytest.importorskip("torch")
+
+from torch.nn import functional as F
+
+from tests.tools.doctor.test_model_probes import SMALL, stock
+from tools.doctor.engine import examine
+
+MUON = importlib.util.find_spec("recipes.muon") is not None
+INNER = ["+model.interctc.loss_weights=[0.3]", "+model.interctc.apply_at_layers=[1]"]
+
+
+def recipe(name, *overrides):
+    from tools.doctor.configs import load_config
+    from tools.doctor.opening import build
+
+    return build(load_config(name, [*SMALL, *overrides]))
+
+
+def probe(model, families=("loss", "gradients")):
+    return examine(model=model, families=families, seconds=120)
+
+
+@pytest.mark.parametrize("name, overrides", [
+    ("deepspeech", ["model.consistency_weight=0.2"]),
+    ("deepspeech2", ["model.tempo=0.1"]),
+    ("deepspeech2", ["model.consistency_weight=0.2", "model.tempo=0.2", "corpus.warp=0.1"]),
+    ("conformer", INNER),
+    ("conformer", ["model.consistency_weight=0.2", "model.tempo=0.1", *INNER]),
+    pytest.param("conformer", ["model.optim.name=muon"],
+                 marks=pytest.mark.skipif(not MUON, reason="no such optimizer")),
+])
+def test_the_switches_of_our_recipes_are_no_fault(name, overrides):
+    report = probe(recipe(name, *overrides))
+    assert [f for f in report.findings if f.weight != "note"] == []
+    assert {"loss-wrong", "no-gradient", "not-in-optimizer"} <= set(report.ruled_out)
+    assert report.not_examined == []
+
+
+def stepping(change, name="conformer"):
+    """NeMo's model with a training step of its own: `change(features, lengths, targets, sizes)` before the forward."""
+    model = stock(name)
+
+    def training_step(batch, batch_idx):
+        audio, lengths, targets, sizes = batch
+        x, lengths = model.preprocessor(input_signal=audio, length=lengths)
+        x, lengths, targets, sizes, *after = change(x, lengths, targets, sizes)
+        log_probs, frames, _ = model(processed_signal=x, processed_signal_length=lengths)
+        if after:
+            log_probs, frames = after[0](log_probs, frames)
+        return {"loss": model.loss(log_probs=log_probs, targets=targets, input_lengths=frames, target_lengths=sizes)}
+
+    model.training_step = training_step
+    return model
+
+
+def faster(x, lengths, targets, sizes):
+    return F.interpolate(x, scale_factor=0.9), (lengths * 0.9).long(), targets, sizes
+
+
+def thrice(x, lengths, targets, sizes):
+    return tuple(torch.repeat_interleave(t, 3, dim=0) for t in (x, lengths, targets, sizes))
+
+
+def quieter_with_noise(x, lengths, targets, sizes):
+    return 0.9 * x + 0.1 * torch.randn_like(x), lengths, targets, sizes
+
+
+@pytest.mark.parametrize("change", [faster, thrice, quieter_with_noise])
+def test_a_step_of_ones_own_may_change_the_batch_as_long_as_all_goes_together(change):
+    assert probe(stepping(change), ["loss"]).findings == []
+
+
+def slower_with_the_old_lengths(x, lengths, targets, sizes):
+    return F.interpolate(x, scale_factor=0.8), lengths.clamp(max=int(0.8 * x.shape[2])), targets, sizes
+
+
+def views_in_two_orders(x, lengths, targets, sizes):
+    return x.repeat(2, 1, 1), lengths.repeat(2), targets.repeat_interleave(2, dim=0), sizes.repeat_interleave(2)
+
+
+def audio_of_other_rows(x, lengths, targets, sizes):
+    return x.roll(1, 0), lengths.roll(1, 0), targets, sizes
+
+
+def audio_of_other_rows_with_the_old_lengths(x, lengths, targets, sizes):
+    return x.roll(1, 0), lengths, targets, sizes
+
+
+def lengths_of_the_features(x, lengths, targets, sizes):
+    return x, lengths, targets, sizes, lambda log_probs, frames: (log_probs, frames // 2)
+
+
+def softmaxed(x, lengths, targets, sizes):
+    return x, lengths, targets, sizes, lambda log_probs, frames: (2 * log_probs, frames)
+
+
+@pytest.mark.parametrize("change, named", [
+    (slower_with_the_old_lengths, "audio"), (views_in_two_orders, "targets"), (audio_of_other_rows, "audio"),
+    (lengths_of_the_features, "input lengths"), (softmaxed, "log-probs"),
+])
+def test_what_does_not_go_together_prevents_learning(change, named):
+    first = probe(stepping(change), ["loss"]).findings[0]
+    assert (first.id, first.weight) == ("loss-wrong", "prevents") and named in first.evidence["given otherwise"], first
+
+
+def test_other_audio_of_the_same_lengths_is_seen():
+    """Of a fresh model the loss says nothing; that the outputs are those of other audio does."""
+    first = probe(stepping(audio_of_other_rows_with_the_old_lengths), ["loss"]).findings[0]
+    assert first.id == "loss-wrong" and "audio" in first.evidence["given otherwise"]
+    flipped = probe(stepping(lambda x, n, t, s: (x.flip(2), n, t, s)), ["loss"]).findings
+    assert [f.id for f in flipped] == ["loss-wrong"] and "audio" in flipped[0].evidence["given otherwise"]
+
+
+def test_a_layer_within_that_is_given_other_targets_is_named():
+    model = recipe("conformer", *INNER)
+    own = model.add_interctc_losses
+    model.add_interctc_losses = lambda loss, targets, sizes, **more: own(loss, targets.roll(1, 0), sizes, **more)
+    first = probe(model, ["loss"]).findings[0]
+    assert first.id == "loss-wrong" and first.weight == "prevents" and "targets" in first.evidence["given otherwise"]
