@@ -43,7 +43,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     for command in (check, explain):
         command.add_argument("--only", metavar="FAMILY", nargs="+", choices=list(FAMILIES),
                              help=f"families of checks: {', '.join(FAMILIES)}; `data` brings audio and pairs")
-        command.add_argument("--seconds", type=float, default=60.0, help="budget (default 60)")
+        command.add_argument("--seconds", type=_seconds, default=60.0, help="budget (default 60)")
         command.add_argument("--device", help="where to probe the model (default: a GPU where there is one)")
         command.add_argument("--json", metavar="OUT", help="save the report as JSON")
         command.add_argument("--html", metavar="OUT", help="save the report as a self-contained page")
@@ -76,7 +76,7 @@ def run_check(args, rest: list[str]) -> Report:
             manifests[role] = paths
     families = with_data(args.only)
     config = args.config_name or args.config
-    light = families is not None and set(families) <= LIGHT_FAMILIES
+    light = families is not None and set(families) <= LIGHT_FAMILIES and not args.model
     if not light and (config or args.model):
         prepare_torch()
     return examine(config=config, model=args.model, manifests=manifests or None, seconds=args.seconds,
@@ -109,19 +109,33 @@ def prepare_torch() -> None:
 def put_out(report: Report, args) -> int:
     """Prints and saves a report; returns its exit code."""
     print(render(report, colour=sys.stdout.isatty() and not os.environ.get("NO_COLOR")), end="")
-    try:
-        if args.json:
-            report.save(args.json)
-        if args.html:
-            from manifests.schema import write_atomic
-            from tools.doctor.html import render as render_html
+    for path, text in ((args.json, lambda: f"{report.to_json()}\n"), (args.html, lambda: _page(report))):
+        if path is None:
+            continue
+        from manifests.schema import write_atomic
 
-            write_atomic(args.html, render_html(report).encode())
-    except OSError as error:
-        print(f"doctor: cannot write {error.filename or args.json or args.html}: {error.strerror or error}",
-              file=sys.stderr)
-        return 2
+        try:
+            write_atomic(path, text().encode())
+        except OSError as error:
+            print(f"doctor: cannot write {path}: {error.strerror or error}", file=sys.stderr)
+            return 2
     return report.exit_code
+
+
+def _page(report: Report) -> str:
+    from tools.doctor.html import render as render_html
+
+    return render_html(report)
+
+
+def _seconds(text: str) -> float:
+    try:
+        value = float(text)
+    except ValueError:
+        value = 0.0
+    if not value > 0:
+        raise argparse.ArgumentTypeError(f"{text!r} is no number of seconds over 0")
+    return value
 
 
 def show_catalogue(fault: str | None = None) -> int:

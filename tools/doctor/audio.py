@@ -45,7 +45,7 @@ def sampled_audio(subject: Subject) -> list[dict]:
         if any(in_foreign_tar(row) for row in drawn):
             raise NotExamined("the audio is in tar files, and the rows do not say where in them (no tar_offset): "
                               "python -m manifests.shards writes rows that do")
-        raise NotExamined(f"none of the {len(drawn)} utterances drawn can be read")
+        raise NotExamined(f"none of the {len(drawn)} utterances drawn can be read" if drawn else "no utterances")
     return subject._audio_figures
 
 

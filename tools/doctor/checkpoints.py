@@ -31,8 +31,10 @@ def load(path: Path) -> tuple[dict, int | None]:
     """
     import torch
 
-    from tools.doctor.opening import _load_with_config
+    from tools.doctor.opening import _load_with_config, not_a_model
 
+    if (wrong := not_a_model(path)) is not None:
+        raise ValueError(f"{path.name}: {wrong}")
     try:
         if path.suffix == ".nemo":
             with tarfile.open(path) as tar:

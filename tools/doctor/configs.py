@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+import stat
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -20,12 +22,26 @@ class ConfigUnreadable(Exception):
         self.finding = finding
 
 
+def no_file(path: Any, what: str) -> str | None:
+    """Why there is no file to open at a path, as a sentence; None where there is one. `what` was expected there."""
+    try:
+        mode = os.stat(path).st_mode
+    except OSError as error:
+        if isinstance(error, (FileNotFoundError, NotADirectoryError)):
+            return f"There is no {what} at {path}."
+        return f"{path} cannot be read: {error.strerror or error}."
+    except ValueError:  # characters that no path has
+        return f"There is no {what} at {path!r}."
+    return f"{path} is a folder, not a {what}." if stat.S_ISDIR(mode) else None
+
+
 def _refuse(symptom: str, where: str, fix: list[str], unreadable: bool = False) -> ConfigUnreadable:
     return ConfigUnreadable(
         Finding(
             "input-unreadable" if unreadable else "model-does-not-build",
             "prevents",
             symptom,
+            "It is not there, or not of the kind that was expected." if unreadable else
             "The configuration itself is wrong; nothing is built or trained from it.",
             {},
             fix,
@@ -44,10 +60,11 @@ class Settings:
         recipe: whether it is one of ours (it has `training` and `corpus` beside `model`).
         prefix: "model." where overrides address the model's part so, "" where only that part was given.
         name: for messages.
+        refused: why training would not start from it, "" where nothing says so.
     """
 
-    def __init__(self, cfg: DictConfig, name: str, prefix: str = "model."):
-        self.cfg, self.name, self.prefix = cfg, name, prefix
+    def __init__(self, cfg: DictConfig, name: str, prefix: str = "model.", refused: str = ""):
+        self.cfg, self.name, self.prefix, self.refused = cfg, name, prefix, refused
         self.recipe = "training" in cfg and "model" in cfg
 
     @classmethod
@@ -150,30 +167,49 @@ def load_config(given: Any, overrides: Sequence[str] = ()) -> Settings:
     if not isinstance(given, (str, Path)):
         raise _refuse(f"The configuration is a {type(given).__name__}.", "config",
                       ["give a recipe's name, a path, a dict or a DictConfig"], unreadable=True)
-    from recipes.config import CONF, recipes
+    from recipes.config import CONF, recipes, suggest
 
     path = Path(given)
     name = path.name.removesuffix(".yaml")
+    absent = no_file(given, "configuration")
     # A recipe by its name, or by the path of its YAML, which alone would lack what its groups bring.
-    if str(given) in recipes() or (name in recipes() and path.is_file() and path.resolve().parent == CONF):
+    if str(given) in recipes() or (name in recipes() and absent is None and path.resolve().parent == CONF):
         return _composed(name, overrides)
-    if not path.is_file():
-        raise _refuse(f"There is no configuration at {given}, and no recipe of that name.", str(given),
+    if absent is not None:
+        near = suggest(name, recipes()) if path.name == str(given) else ""
+        raise _refuse(f"{absent.removesuffix('.')}, and no recipe of that name{near or '.'}", str(given),
                       [f"give the path of a YAML or one of the recipes: {', '.join(recipes())}"], unreadable=True)
     try:
         cfg = OmegaConf.load(path)
+    except OSError as error:
+        raise _refuse(f"{path} cannot be read: {error.strerror or error}.", str(path),
+                      ["look at who may read it (ls -l)"], unreadable=True) from None
     except Exception as error:  # yaml and omegaconf have no common kind
         raise _refuse(f"{path} is no YAML that can be read: {' '.join(str(error).split())[:200]}.", str(path),
                       ["mend the line it names"], unreadable=True) from None
     if not isinstance(cfg, DictConfig):
-        raise _refuse(f"{path} holds a {type(cfg).__name__}, not keys with values.", str(path),
+        kind = "list" if isinstance(cfg, ListConfig) else type(cfg).__name__
+        raise _refuse(f"{path} holds a {kind}, not keys with values.", str(path),
                       ["give a configuration of a model"], unreadable=True)
     return _shaped(cfg, str(path), overrides)
 
 
+PARTS = ("preprocessor", "encoder", "decoder", "spec_augment", "optim", "train_ds", "validation_ds", "test_ds")
+SECTIONS = ("model", "trainer", "exp_manager", "training", "corpus", *PARTS, "tokenizer", "labels")
+
+
 def _shaped(cfg: DictConfig, name: str, overrides: Sequence[str]) -> Settings:
+    if not cfg or cfg._is_none():
+        raise _refuse(f"{name} is empty.", name, ["give a configuration of a model"], unreadable=True)
+    if not any(key in cfg for key in SECTIONS):
+        found = ", ".join(map(str, list(cfg)[:5]))
+        raise _refuse(f"{name} holds nothing of a model or a training, only {found}.", name,
+                      [f"give a configuration with sections such as {', '.join(SECTIONS[:2])}, or with those of a "
+                       f"model: {', '.join(PARTS[:5])}"], unreadable=True)
     if overrides:
-        cfg = OmegaConf.merge(cfg, OmegaConf.from_dotlist(list(overrides)))
+        cfg = _overridden(cfg, name, overrides)
+    for key in ("model", "trainer", *PARTS, *(f"model.{part}" for part in PARTS)):
+        _check_section(cfg, key, name)
     if "model" in cfg or not any(key in cfg for key in ("encoder", "decoder", "preprocessor", "optim")):
         return Settings(cfg, name)
     whole = OmegaConf.create({"model": OmegaConf.to_container(cfg, resolve=False)})
@@ -185,8 +221,61 @@ def _shaped(cfg: DictConfig, name: str, overrides: Sequence[str]) -> Settings:
     return Settings(whole, name, prefix="")
 
 
+def _check_section(cfg: DictConfig, key: str, name: str) -> None:
+    """Raises ConfigUnreadable where a section is there and is none. A part of a model may be null: it is left out."""
+    above, _, last = key.rpartition(".")
+    holder = cfg._get_node(above) if above else cfg
+    if not isinstance(holder, DictConfig) or holder._is_none() or holder._is_interpolation() or holder._is_missing():
+        return
+    node = holder._get_node(last)
+    if node is None or node._is_missing() or node._is_interpolation():
+        return
+    if isinstance(node, DictConfig) and not node._is_none():
+        return
+    if not node._is_none() or key.rpartition(".")[2] in ("model", "encoder", "decoder"):
+        kind = "null" if node._is_none() else "a list" if isinstance(node, ListConfig) else repr(node._value())
+        raise _refuse(f"{name}: {key} is {kind}, not a section of keys with values.", key,
+                      [f"write the keys of {key} below it, each on a line of its own, indented"])
+
+
+def _overridden(cfg: DictConfig, name: str, overrides: Sequence[str]) -> DictConfig:
+    """The configuration with `KEY=VALUE` for what it has, `+KEY=VALUE` for what it has not: Hydra's rule."""
+    from recipes.config import suggest
+
+    for line in overrides:
+        key, sign, value = line.partition("=")
+        bare = key.lstrip("+")
+        if not sign or not bare:
+            raise _refuse(f"The override {line!r} is not KEY=VALUE.", line, ["write it as model.optim.lr=1e-3"])
+        node, walked = cfg, ""
+        for part in bare.split("."):
+            if not isinstance(node, DictConfig):
+                if isinstance(node, ListConfig):
+                    break  # an item of a list, by its number
+                raise _refuse(f"The override {line!r} cannot be: {walked} is a value, not a section.", walked,
+                              [f"{walked}=VALUE"])
+            path = f"{walked}.{part}" if walked else part
+            if part not in node.keys() and not key.startswith("+"):
+                near = suggest(path, [f"{walked}.{k}" if walked else str(k) for k in node])
+                raise _refuse(f"{name} has no key {path}{near} (to add it all the same: +{bare}=...)", path,
+                              ["mend the key, or write + before it"])
+            walked = path
+            if part not in node.keys() or OmegaConf.is_missing(node, part):
+                break
+            try:
+                node = node[part]
+            except OmegaConfBaseException:
+                break  # what it refers to is not there: told elsewhere
+        try:
+            cfg = OmegaConf.merge(cfg, OmegaConf.from_dotlist([f"{bare}={value}"]))
+        except Exception as error:  # yaml and omegaconf have no common kind
+            raise _refuse(f"The override {line!r} cannot be used: {' '.join(str(error).split())[:200]}.", line,
+                          ["write it as model.optim.lr=1e-3"]) from None
+    return cfg
+
+
 def _composed(name: str, overrides: Sequence[str]) -> Settings:
-    """A recipe of ours. Values that training would refuse are kept: the schedule's checks name them."""
+    """A recipe of ours. Values that training would refuse are kept, for the checks to name; so is why it would."""
     from hydra import compose, initialize_config_dir
     from hydra.core.global_hydra import GlobalHydra
     from hydra.errors import HydraException
@@ -201,7 +290,7 @@ def _composed(name: str, overrides: Sequence[str]) -> Settings:
         try:
             GlobalHydra.instance().clear()
             with initialize_config_dir(config_dir=str(CONF), version_base="1.2"):
-                return Settings(compose(name, overrides=hydra_arguments(list(overrides))), name)
+                return Settings(compose(name, overrides=hydra_arguments(list(overrides))), name, refused=str(error))
         except HydraException:
             raise _refuse(f"{name}: {error}", name, ["mend the key or value it names"]) from None
     else:

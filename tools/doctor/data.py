@@ -47,8 +47,13 @@ def validation(subject: Subject) -> Validation:
 
 
 def by_file(subject: Subject, codes: Iterable[str]) -> Iterator[tuple[str, int, list[LineFinding]]]:
-    """(manifest, its utterances, its findings of these codes) for each manifest that has any."""
+    """(manifest, its utterances, its findings of these codes) for each manifest that has any.
+
+    Raises NotExamined where no manifest has a line that could have one, but for those of broken lines themselves.
+    """
     codes = set(codes)
+    if not codes & BROKEN_LINES and not any(file.lines for file in validation(subject).files):
+        raise NotExamined("no line of the manifests can be used")
     found: dict[str, list[LineFinding]] = defaultdict(list)
     for finding in validation(subject).findings:
         if finding.code in codes:
@@ -96,6 +101,7 @@ def manifest_lines(subject):
         yield Finding(
             "data-manifest-broken",
             "warning" if blank and not lhotse else "prevents",
+            f"{file}: {found[0].message}." if found[0].code in ("empty_manifest", "unreadable") else
             f"{lines_of(found)} line{'s' * (lines_of(found) != 1)} of {file} cannot be used: {found[0].message}.",
             "NeMo's loaders raise an error far from the cause, or misread such a line without a word.",
             {"lines": lines_of(found), "of": utterances, "kinds": dict(Counter(f.code for f in found)),

@@ -8,8 +8,8 @@ from collections.abc import Iterable
 from typing import Any
 
 from tools.doctor.causes import name_causes
-from tools.doctor.finding import Report
-from tools.doctor.registry import NEEDS, Check, NotExamined, checks
+from tools.doctor.finding import Finding, Report
+from tools.doctor.registry import FAMILIES, NEEDS, Check, NotExamined, checks
 from tools.doctor.subject import Subject
 
 log = logging.getLogger("doctor")
@@ -55,6 +55,13 @@ def examine(
     families = None if families is None else list(families)
     subject.open(families)
     available = [need for need in NEEDS if subject.has(need)]
+    if all(given is None for given in (config, model, manifests, run)) and not overrides:
+        report.not_examined.append("nothing was given: a configuration, a model, manifests or the folder of a run")
+    elif not subject.findings:
+        report.not_examined += [f"{family}: needs {' or '.join(FAMILIES[family][1])}" for family in families or ()
+                                if not set(FAMILIES[family][1]) & set(available)]
+    if config is not None and subject.settings is not None and not subject.wants_model and families is None:
+        report.not_examined.append("the model: the configuration has no sections encoder and decoder to build it from")
     named = run_checks(subject, checks(available, families), available, report)
     if families is None and model is None and config is None and unlearned(report) and subject.seconds_left() > 20:
         # Why a run has not learned is often in its model: it is built anew and probed.
@@ -63,6 +70,7 @@ def examine(
         else:
             report.not_examined.append(f"the model of this run: {reason}")
     report.findings = name_causes([*subject.findings, *report.findings])
+    report.findings += refused(subject, report, families)
     report.sort()
     # A fault is ruled out where every check that could name it has run and none did.
     seen = {finding.id for finding in report.findings}
@@ -98,6 +106,17 @@ def run_checks(subject: Subject, chosen: list[Check], available: list[str], repo
             report.examined.append(label)
             named += check.faults
     return named
+
+
+def refused(subject: Subject, report: Report, families: list[str] | None) -> list[Finding]:
+    """A finding where our training would refuse the configuration, and no check has said why."""
+    why = subject.settings.refused if subject.settings is not None else ""
+    asked = families is None or {"limits", "schedule"} & set(families)
+    if not why or not asked or report.of_weight("prevents") or "manifest_filepath" in why:  # others may be given
+        return []
+    return [Finding("model-does-not-build", "prevents", f"Training refuses this configuration: {why}.",
+                    "A value is missing, or two values cannot be together.", {}, ["mend the key that it names"], 1.0,
+                    where=subject.settings.name)]
 
 
 def unlearned(report: Report) -> bool:

@@ -75,6 +75,8 @@ def read_run(folder: Path, settings=None, train_rows=lambda: []) -> Trace:
         trace.level = median(levels) if trace.loss_unit != "unknown" else None
     if (saved := saved_report(folder)) is not None:
         trace.reported = set(saved.ids)
+    elif (path := folder / "doctor" / "report.json").is_file():
+        trace.unread[path] = "no report of the doctor"
     _logs(folder, trace)
     last = trace.last_step
     trace.ended = not trace.planned or last >= 0.98 * trace.planned or _quiet_for(folder) > 3600
@@ -104,7 +106,11 @@ def _columns(folder: Path, trace: Trace) -> dict[str, Points]:
     events = sorted(folder.rglob("events.out.tfevents.*"), key=lambda p: p.stat().st_mtime)
     logged = _event_columns(folder, events, trace)
     for path in [folder / "curve.csv", *sorted(folder.rglob("metrics.csv"), key=_age)]:
-        if path.is_file() and path.parent.name != "doctor" and (columns := read_csv(path)):
+        if not path.is_file() or path.parent.name == "doctor":
+            continue
+        if not (columns := read_csv(path)):
+            trace.unread[path] = f"no numbers under a column of steps ({', '.join(STEP_NAMES[:2])})"
+        else:
             trace.sources.insert(0, str(path.relative_to(folder)))
             known = {series for series, names in NAMES.items() if any(columns.get(name) for name in names)}
             more = [name for series, names in NAMES.items() if series not in known for name in names if name in logged]
@@ -119,6 +125,8 @@ def _event_columns(folder: Path, events: list[Path], trace: Trace) -> dict[str, 
         found, waits = read_events(path)
         if found:
             trace.sources.append(str(path.relative_to(folder)))
+        else:
+            trace.unread[path] = "no scalars of TensorBoard"
         for name, points in found.items():
             # A resumed run writes a new file: what it repeats replaces what the earlier one had after its step.
             first = points[0][0]
@@ -133,11 +141,15 @@ def _age(path: Path) -> float:
 
 
 def read_csv(path: Path) -> dict[str, Points]:
-    """Columns of a CSV with a column of steps; cells that are no number are passed over, NaN and inf are kept."""
+    """Columns of a CSV with a column of steps; cells that are no number are passed over, NaN and inf are kept.
+
+    A last line without its end is left out: it was cut, and half a number is another number.
+    """
     columns: dict[str, Points] = {}
     try:
         with open(path, newline="", encoding="utf-8", errors="replace") as file:
-            reader = csv.DictReader(file)
+            lines = (line for line in file if line.endswith(("\n", "\r")))
+            reader = csv.DictReader(lines)
             key = next((name for name in STEP_NAMES if name in (reader.fieldnames or ())), None)
             if key is None:
                 return {}
@@ -293,10 +305,32 @@ def _last_of_traceback(lines: list[str], at: int) -> str:
 # ---- checks that are not about the curve -----------------------------------------------------------------------
 
 
+@check("run", faults=("input-unreadable",), needs=("run",))
+def files_of_the_run(subject):
+    """What a run leaves behind is there and can be read."""
+    from tools.doctor import checkpoints, metrics
+
+    trace = trace_of(subject)
+    for path, why in trace.unread.items():
+        yield Finding("input-unreadable", "warning", f"{path} cannot be used: {why}.",
+                      "It was cut off while it was written, it is still empty, or it is of another kind.", {},
+                      ["look at the file; what else is in the folder was read"], 0.9, where=str(path))
+    if trace.sources or trace.series or subject.settings or saved_report(subject.run) \
+            or checkpoints.find(subject.run) or metrics.prediction_files(subject.run):
+        return
+    yield Finding(
+        "input-unreadable", "prevents", f"{subject.run} holds nothing that a run leaves and that can be read.",
+        "It is another folder, or the run ended before it wrote anything.",
+        {"looked for": ["config.yaml", "curve.csv", "metrics.csv", "events.out.tfevents.*", *LOGS, "*.ckpt", "*.nemo"]},
+        ["give the folder with config.yaml and curve.csv"], 1.0, where=str(subject.run), unreadable=True)
+
+
 @check("run", faults=("run-ended",), needs=("run",))
 def end_of_the_run(subject):
     """How the run ended."""
     trace = trace_of(subject)
+    if not (trace.series or trace.messages or trace.sources):
+        raise NotExamined("no curve and no log in this folder")
     last, planned = trace.last_step, trace.planned
     if not trace.messages and (planned is None or last >= 0.98 * planned or not trace.series):
         return

@@ -192,7 +192,7 @@ def features_keep_time(subject):
 
 
 def _wiped(before: torch.Tensor, after: torch.Tensor) -> float:
-    """Share of the values that were replaced by one constant, as masks do; a warp or noise changes all and wipes none."""
+    """Share of values that were replaced by one constant, as masks do; a warp or noise changes all and wipes none."""
     changed = after[after != before]
     if not len(changed):
         return 0.0

@@ -121,7 +121,9 @@ class Report:
         """One line, first of every output."""
         stops, warnings = self.of_weight("prevents"), self.of_weight("warning")
         if self.exit_code == 2:
-            return "Could not examine: " + (stops[0].symptom if stops else "; ".join(self.not_examined) or "no input")
+            why = stops[0].symptom if stops else next(iter(self.not_examined), "no input")
+            more = len(self.not_examined) - 1 if not stops else 0
+            return f"Could not examine: {why}" + (f"; and {more} more" if more > 0 else "")
         warned = f"{len(warnings)} warning{'s' * (len(warnings) != 1)}" if warnings else "no warnings"
         if not stops:
             return f"Nothing found that prevents learning; {warned}."

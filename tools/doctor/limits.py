@@ -5,10 +5,53 @@ from __future__ import annotations
 import math
 
 from omegaconf import DictConfig, ListConfig
+from omegaconf.errors import InterpolationKeyError, OmegaConfBaseException
 
 from tools.doctor.finding import Finding
 from tools.doctor.registry import NotExamined, check
 from tools.doctor.schedule import plan
+
+
+NUMBERS = (
+    "trainer.max_steps", "trainer.max_epochs", "trainer.gradient_clip_val", "trainer.accumulate_grad_batches",
+    "trainer.num_nodes", "model.optim.lr", "model.optim.weight_decay", "model.optim.sched.warmup_steps",
+    "model.optim.sched.warmup_ratio", "model.optim.sched.max_steps", "model.optim.sched.min_lr", "model.sample_rate",
+    "model.preprocessor.sample_rate", "model.train_ds.batch_size", "model.train_ds.batch_duration",
+    "model.train_ds.max_duration", "model.train_ds.min_duration", "training.epochs", "training.global_batch_seconds",
+)
+
+
+@check("limits", faults=("model-does-not-build",), needs=("config",))
+def values(subject):
+    """Numbers are numbers, and what refers to another key finds it."""
+    s = subject.settings
+    wrong = {key: value for key in NUMBERS if (value := s.get(key)) is not None and s.number(key) is None}
+    # Of a section alone, or a live model's, what it refers to may be in the rest.
+    lost = dict(_lost(s.cfg)) if s.prefix and (subject.given_config is not None or subject.run is not None) else {}
+    for key, value in {**wrong, **lost}.items():
+        yield Finding(
+            "model-does-not-build", "prevents",
+            f"{s.key(key)} is {str(value)!r}, " + ("which is no number." if key in wrong else
+                                                  "and the key that it refers to is not there."),
+            "Training ends with an error as soon as the value is read.", {"value": str(value)},
+            [f"mend the value of {s.key(key)}"], 1.0, where=s.key(key))
+
+
+def _lost(node, prefix: str = ""):
+    """(dotted key, reference) of what refers to a key that is not there, in what a training reads."""
+    for key in node:
+        path = f"{prefix}.{key}" if prefix else str(key)
+        if path.startswith(("hydra", "exp_manager", "model.test_ds")):
+            continue
+        try:
+            value = node[key]
+        except InterpolationKeyError:
+            yield path, node._get_node(key)._value()
+        except OmegaConfBaseException:
+            continue  # a value that is missing, a resolver of somebody's own
+        else:
+            if isinstance(value, DictConfig):
+                yield from _lost(value, path)
 
 
 @check("limits", faults=("clip-missing", "clip-too-low"), needs=("config",))

@@ -7,11 +7,13 @@ from __future__ import annotations
 
 import copy
 import importlib
+import re
 from pathlib import Path
 
 from omegaconf import DictConfig, OmegaConf, open_dict
 from omegaconf.errors import OmegaConfBaseException
 
+from tools.doctor.configs import no_file
 from tools.doctor.finding import Finding
 from tools.doctor.subject import Subject
 
@@ -43,6 +45,13 @@ def open_model(subject: Subject):
             raise _unreadable(f"The model given is a {type(given).__name__}.", "model",
                               ["give an EncDecCTCModel, or the path of a .nemo or checkpoint"])
         return _that_runs(Probe(given, subject, device=device, own=False))
+    if subject.device_wanted is not None:
+        try:
+            torch.zeros(1, device=device)
+        except Exception as error:  # torch has no common kind for a device that is not there
+            line = " ".join(str(error).split())[:200]
+            raise _unreadable(f"The device {str(device)!r} cannot be used: {line}.", str(device),
+                              ["give cpu or cuda, or leave it out"]) from None
     if given is not None:
         model = _restore(Path(given), subject)
     else:
@@ -98,9 +107,9 @@ def build(settings):
     from nemo.collections.asr.models import EncDecCTCModel, EncDecCTCModelBPE
 
     cfg = copy.deepcopy(settings.cfg)
-    model_cfg = without_data(cfg.model)
-    _import_targets(model_cfg)
     try:
+        model_cfg = without_data(cfg.model)
+        _import_targets(model_cfg)
         if settings.recipe:
             from recipes.ctc_model import CTCModel, CTCModelBPE
 
@@ -149,6 +158,8 @@ def _import_targets(node) -> None:
 def _blame(error: BaseException, settings) -> tuple[str, list[str]]:
     """(configuration key, advice) for an error while building."""
     line = str(error)
+    if named := re.search(r"full_key: (\S+)", line):  # omegaconf's own errors
+        return settings.key(named[1]), [f"mend the value of {settings.key(named[1])}"]
     for part in ("encoder", "decoder", "preprocessor", "spec_augment", "tokenizer", "decoding"):
         target = str(settings.get(f"model.{part}._target_") or "")
         if target and (target in line or target.rpartition(".")[2] in line):
@@ -165,8 +176,11 @@ def _restore(path: Path, subject: Subject):
     """A model from a `.nemo` or a checkpoint. Raises ModelUnreadable."""
     import recipes  # noqa: F401
 
-    if not path.is_file():
-        raise _unreadable(f"There is no model at {path}.", str(path), ["give the path of a .nemo or .ckpt"])
+    if (absent := no_file(path, "model")) is not None:
+        raise _unreadable(absent, str(path), ["give the path of a .nemo or .ckpt"])
+    if (wrong := not_a_model(path)) is not None:
+        raise _unreadable(f"{path} cannot be restored: {wrong}.", str(path),
+                          ["give a complete file written by NeMo or Lightning"])
     try:
         if path.suffix == ".nemo":
             from nemo.collections.asr.models import ASRModel
@@ -185,6 +199,21 @@ def _restore(path: Path, subject: Subject):
         raise _unreadable(f"{path} holds a {type(model).__name__}, which is no CTC model.", str(path),
                           ["give a model with encoder, decoder and CTC loss"])
     return model
+
+
+def not_a_model(path: Path) -> str | None:
+    """Why a file cannot be a `.nemo` or a checkpoint, told from its first bytes; None where it can."""
+    try:
+        with open(path, "rb") as file:
+            begin = file.read(16)
+    except OSError as error:
+        return f"it cannot be read ({error.strerror or error})"
+    if not begin:
+        return "it is empty"
+    # Torch writes zip archives, and long ago pickles; a .nemo is a tar, whose first bytes may be anything.
+    if path.suffix != ".nemo" and not begin.startswith((b"PK", b"\x80")):
+        return f"it is no file of torch's, it begins with {begin!r}"
+    return None
 
 
 def _from_checkpoint(path: Path, subject: Subject):
@@ -226,7 +255,6 @@ def _load_with_config(path: Path):
     import collections
     import dataclasses
     import enum
-    import re
     import typing
 
     import omegaconf

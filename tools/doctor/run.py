@@ -351,7 +351,7 @@ def _register() -> None:
             from tools.doctor.explain import trace_of
 
             trace = trace_of(subject)
-            if not trace.series and trace.bad is None and rule is not non_finite:
+            if not trace.series and trace.bad is None and (rule is not non_finite or not trace.sources):
                 raise NotExamined("no curve in this folder")
             if rule is non_finite and trace.reported & set(faults):
                 return  # the callback has seen more than the curve shows

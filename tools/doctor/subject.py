@@ -7,14 +7,16 @@ of a model is in `probe.py`.
 from __future__ import annotations
 
 import math
+import os
 import re
 import time
+from dataclasses import replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any
 
 from manifests.schema import LABELS, ManifestError, resolve_audio, scan_manifest
-from tools.doctor.configs import ConfigUnreadable, Settings, load_config
+from tools.doctor.configs import ConfigUnreadable, Settings, load_config, no_file
 from tools.doctor.finding import Finding
 
 ROLES = ("train", "validation", "test")
@@ -50,14 +52,28 @@ class Subject:
 
     def open(self, families: list[str] | None = None) -> None:
         """Reads the configuration, finds the manifests, and opens the model where a family needs it."""
-        if self.run is not None and not self.run.is_dir():
-            self._unreadable(f"{self.run} is no folder of a run", str(self.run), ["give the folder with config.yaml"])
+        if self.run is not None and (wrong := self._no_run()):
+            self._unreadable(wrong, str(self.run), ["give the folder with config.yaml and curve.csv"])
             self.run = None
         self._open_config()
         self._open_manifests()
         needs_model = families is None or not set(families) <= LIGHT_FAMILIES
+        needs_model = needs_model or self.given_config is None and bool(set(families) & OF_CONFIGS)
         if needs_model and self.wants_model:
             self._open_model()
+
+    def _no_run(self) -> str | None:
+        """Why the run's folder cannot be looked into, as a sentence."""
+        try:
+            os.listdir(self.run)
+            os.stat(self.run / ".")
+        except NotADirectoryError:
+            return f"{self.run} is a file, not the folder of a run."
+        except FileNotFoundError:
+            return f"There is no folder of a run at {self.run}."
+        except OSError as error:
+            return f"{self.run} cannot be read: {error.strerror or error}."
+        return None
 
     @property
     def wants_model(self) -> bool:
@@ -78,14 +94,19 @@ class Subject:
     def _open_config(self) -> None:
         given = self.given_config
         if given is None and self.run is not None:
-            found = [self.run / name for name in ("config.yaml", "hparams.yaml") if (self.run / name).is_file()]
+            found = [self.run / name for name in ("config.yaml", "hparams.yaml") if os.path.isfile(self.run / name)]
             given = found[0] if found else None
         if given is not None:
             try:
                 self.settings = load_config(given, self.overrides)
                 return
             except ConfigUnreadable as error:
-                self.findings.append(error.finding)
+                # Of a run the rest can be read all the same.
+                weight = "prevents" if self.given_config is not None else "warning"
+                self.findings.append(replace(error.finding, weight=weight))
+        elif self.overrides:
+            self._unreadable(f"There is no configuration that {' '.join(self.overrides)} could change.", "overrides",
+                             ["give --config-name or --config with them"])
         if self.given_model is not None and not isinstance(self.given_model, (str, Path)):
             self.settings = Settings.of_live(self.given_model)
 
@@ -102,17 +123,18 @@ class Subject:
             paths = [paths] if isinstance(paths, (str, Path)) else list(paths)
             kept = self.manifests.setdefault(role, [])
             for path in (part for path in paths for part in expanded(str(path))):
-                if Path(path).is_file():
+                absent = no_file(path, "manifest")
+                if absent is None:
                     kept.append(path)
                 elif not remembered:
-                    self._missing_manifest(role, path)
+                    self._missing_manifest(role, path, absent)
 
-    def _missing_manifest(self, role: str, path: str) -> None:
+    def _missing_manifest(self, role: str, path: str, absent: str) -> None:
         self.findings.append(
             Finding(
                 "data-manifest-broken",
                 "prevents" if role == "train" or self.given_manifests is not None else "warning",
-                f"There is no manifest at {path} ({role}).",
+                f"{absent.removesuffix('.')} ({role}).",
                 "The path is wrong, or the manifest has not been made yet.",
                 {"path": path, "role": role},
                 ["give the path of an existing manifest, or make it: ./run.sh --stop-stage 1"],
@@ -210,11 +232,12 @@ class Subject:
 def expanded(path: str) -> list[str]:
     """The paths that NeMo's patterns of shards stand for: `manifest__OP_0..3_CL_.json`, `manifest_{0..3}.json`."""
     found = re.search(r"(_OP_|[{(\[<])(\d+)\.\.(\d+)(_CL_|[})\]>])", path)
-    if found is None or Path(path).is_file():
+    if found is None or os.path.isfile(path):
         return [path]
     first, last = int(found[2]), int(found[3])
     numbers = range(first, min(last, first + 99_999) + 1)
     return [part for n in numbers for part in expanded(f"{path[: found.start()]}{n}{path[found.end():]}")]
 
 
+OF_CONFIGS = {"schedule", "limits", "tokenizer"}  # families that a model's own configuration is enough for
 LIGHT_FAMILIES = {"data", "audio", "pairs", "tokenizer", "schedule", "limits", "run", "metrics"}

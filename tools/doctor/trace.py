@@ -85,6 +85,7 @@ class Trace:
     settings: object = None  # configs.Settings, or None
     reported: set[str] = field(default_factory=set)  # ids in the report that the callback left
     messages: list[tuple[str, str]] = field(default_factory=list)  # (where, line) of logs that matter
+    unread: dict = field(default_factory=dict)  # path of a file that ought to say something -> why it does not
 
     def get(self, name: str) -> Points:
         return self.series.get(name, [])
