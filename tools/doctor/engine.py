@@ -109,10 +109,18 @@ def run_checks(subject: Subject, chosen: list[Check], available: list[str], repo
 
 
 def refused(subject: Subject, report: Report, families: list[str] | None) -> list[Finding]:
-    """A finding where our training would refuse the configuration, and no check has said why."""
+    """A finding where our training would refuse the configuration, and no check has said why.
+
+    What a check has only warned of becomes grave where its key is what training stops at.
+    """
     why = subject.settings.refused if subject.settings is not None else ""
     asked = families is None or {"limits", "schedule"} & set(families)
     if not why or not asked or report.of_weight("prevents") or "manifest_filepath" in why:  # others may be given
+        return []
+    key = why.partition("=")[0]
+    warned = next((f for f in report.of_weight("warning") if any(change.startswith(key) for change in f.fix)), None)
+    if warned is not None:
+        warned.weight, warned.evidence = "prevents", {**warned.evidence, "training refuses it": why}
         return []
     return [Finding("model-does-not-build", "prevents", f"Training refuses this configuration: {why}.",
                     "A value is missing, or two values cannot be together.", {}, ["mend the key that it names"], 1.0,
