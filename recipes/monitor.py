@@ -17,6 +17,8 @@ import torch
 from lightning.pytorch import Callback
 from lightning.pytorch.callbacks import ModelCheckpoint
 
+from recipes.threads import give_back_memory
+
 COLUMNS = [
     "step", "seconds", "loss", "loss_per_char", "blank_rate", "learning_rate", "grad_norm",
     "audio_seconds_per_second", "memory_mb", "val_loss", "val_wer", "val_cer", "val_blank_rate",
@@ -136,6 +138,7 @@ class Progress(Callback):
             return
         # Validation counts as training time in `seconds` (a user waits for it) but not in the throughput.
         self._started += time.perf_counter() - self._paused
+        give_back_memory()
         metrics = {k: float(v) for k, v in trainer.callback_metrics.items() if k.startswith("val_")}
         self.validation = metrics
         if trainer.is_global_zero:
