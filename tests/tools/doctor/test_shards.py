@@ -1,4 +1,4 @@
-"""Manifests whose audio is in tar files: ours, read at their place, and NeMo's own, of which it is said what was not."""
+"""Manifests whose audio is in tar files: ours, read at their place, and NeMo's, of which it is said what was not."""
 
 import json
 import shutil

@@ -123,3 +123,16 @@ def test_a_layer_within_that_is_given_other_targets_is_named():
     model.add_interctc_losses = lambda loss, targets, sizes, **more: own(loss, targets.roll(1, 0), sizes, **more)
     first = probe(model, ["loss"]).findings[0]
     assert first.id == "loss-wrong" and first.weight == "prevents" and "targets" in first.evidence["given otherwise"]
+
+
+@pytest.mark.parametrize("tempo, said", [(0.0, False), (0.02, False), (0.45, True)])
+def test_targets_that_fit_only_until_the_audio_is_made_faster(tmp_path, tempo, said):
+    from tests.recipes import tiny
+
+    rows = [{**row, "text": row["text"] * 2} for row in tiny.corpus(tmp_path)]  # 36 letters in 1 s, 25 frames and up
+    rows = [{**row, "text": row["text"][: int(22 * row["duration"])]} for row in rows]
+    manifest = tiny.write_rows(tmp_path / "train.json", rows)
+    overrides = [*SMALL, f"corpus.train={manifest}", f"corpus.validation={manifest}", f"model.tempo={tempo}"]
+    report = examine(config="conformer", overrides=overrides, families=["lengths"])
+    found = [f for f in report.findings if "fastest tempo" in f.symptom]
+    assert bool(found) == said and all(f.weight == "warning" and f.where == "model.tempo" for f in found), found
