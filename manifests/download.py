@@ -100,7 +100,7 @@ def download_subset(
     # FLAC does not shrink, so that the tree takes the archive's size once more.
     fetch(archive_urls(subset, mirror), archive, ARCHIVES[subset].md5, settings, room_for=2.05)
     settings.say(f"{subset}: MD5 is right, unpacking")
-    with locked(archive, "rb"):
+    with locked(archive, "rb", settings.say):
         unpack(archive, root, subset, expected, settings)
         if not keep_archive:
             archive.unlink()

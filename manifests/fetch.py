@@ -107,7 +107,7 @@ def fetch(
         if file_md5(target, settings.progress) == md5:
             return target
         raise DownloadError(f"{target}: its MD5 is not {md5}: remove it, and run this again to download it")
-    with locked(part, "a+b") as file:
+    with locked(part, "a+b", settings.say) as file:
         for attempt in (1, 2):
             _fetch_first(urls, part, file, settings, room_for)
             file.flush()
@@ -127,8 +127,11 @@ def fetch(
 
 
 @contextlib.contextmanager
-def locked(path: Path, mode: str) -> Iterator[BinaryIO]:
+def locked(path: Path, mode: str, say: Callable[[str], None] = print) -> Iterator[BinaryIO]:
     """A file, open and with a lock that ends with the process that holds it; one left empty is removed.
+
+    `say` is told where the file system has no locks: two processes would write into one file there, and what they make
+    would look like a broken download.
 
     Raises:
         DownloadError: another process holds the lock.
@@ -138,8 +141,8 @@ def locked(path: Path, mode: str) -> Iterator[BinaryIO]:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError as error:
             raise DownloadError(f"{path}: another process is at work on it: wait for it to end") from error
-        except OSError:
-            pass  # a file system without locks
+        except OSError as error:
+            say(f"{path}: cannot be locked ({error.strerror or error}): let no other process download to this folder")
         try:
             yield file
         finally:

@@ -1,5 +1,6 @@
 """Downloads against a local server that does everything wrong once: cuts, lies, ignores, refuses, shrinks, stalls."""
 
+import errno
 import hashlib
 import json
 import os
@@ -296,6 +297,18 @@ def test_two_processes_do_not_write_one_file(server, tmp_path):
             get(server, tmp_path)
     get(server, tmp_path)
     check_tree(tmp_path)
+
+
+def test_a_file_system_without_locks_is_told_and_no_error(server, tmp_path, monkeypatch):
+    def refuse(file, operation):
+        raise OSError(errno.ENOLCK, "No locks available")
+
+    monkeypatch.setattr(fetch.fcntl, "flock", refuse)
+    patience = Patience()
+    get(server, tmp_path, patience)
+    check_tree(tmp_path)
+    warned = [line for line in patience.said if "cannot be locked (No locks available)" in line]
+    assert len(warned) == 2 and warned[0].startswith(str(tmp_path / "tiny.tar.gz.part"))
 
 
 def test_the_command_line(server, tmp_path, capsys):

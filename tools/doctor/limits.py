@@ -26,8 +26,11 @@ def values(subject):
     """Numbers are numbers, and what refers to another key finds it."""
     s = subject.settings
     wrong = {key: value for key in NUMBERS if (value := s.get(key)) is not None and s.number(key) is None}
-    # Of a section alone, or a live model's, what it refers to may be in the rest.
-    lost = dict(_lost(s.cfg)) if s.prefix and (subject.given_config is not None or subject.run is not None) else {}
+    lost = dict(_lost(s.cfg))
+    elsewhere = {}
+    if not s.prefix or subject.given_config is None and subject.run is None:
+        # Of a section alone, or a live model's, what it refers to may be in the rest.
+        lost, elsewhere = {}, lost
     for key, value in {**wrong, **lost}.items():
         yield Finding(
             "model-does-not-build", "prevents",
@@ -35,6 +38,9 @@ def values(subject):
                                                   "and the key that it refers to is not there."),
             "Training ends with an error as soon as the value is read.", {"value": str(value)},
             [f"mend the value of {s.key(key)}"], 1.0, where=s.key(key))
+    if elsewhere:
+        raise NotExamined("without the whole configuration nothing says what these are: " + ", ".join(
+            f"{s.key(key)}={value}" for key, value in list(elsewhere.items())[:5]))
 
 
 def _lost(node, prefix: str = ""):

@@ -100,6 +100,13 @@ def test_overrides_of_a_yaml_that_cannot_be(ask, tmp_path, overrides, words):
     assert code == 1 and words in " ".join(out.split())
 
 
+def test_a_section_alone_may_refer_to_the_rest(ask, tmp_path):
+    path = tmp_path / "model.yaml"
+    path.write_text("optim: {name: adamw, lr: '${trainer.rate}'}\n")
+    code, out = ask("check", "--config", path, "--only", "limits")
+    assert code == 0 and "nothing says what these are: optim.lr=${trainer.rate}" in " ".join(out.split())
+
+
 def test_a_new_key_of_a_yaml_takes_a_plus(ask, tmp_path):
     code, out = ask("check", "--config", written(tmp_path), "+trainer.gradient_clip_val=1e-6", "--only", "limits")
     assert code == 1 and "clip-too-low" in out

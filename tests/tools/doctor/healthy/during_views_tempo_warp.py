@@ -13,9 +13,11 @@ def run(folder, callbacks):
 
 
 def make(folder):
-    from tests.tools.doctor.setups.runs import observed
+    from tools.doctor import Doctor
 
-    return observed(run)(folder)
+    doctor = Doctor(folder=folder / "run")
+    run(folder, [doctor])
+    return doctor.report()
 
 
 HEALTHY = Healthy("during_views_tempo_warp", "during", make, run)
