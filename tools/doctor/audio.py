@@ -6,8 +6,11 @@ where their rows say, and as their rows say.
 
 from __future__ import annotations
 
+import hashlib
 import io
+import os
 import random
+from collections import defaultdict
 from functools import partial
 
 import numpy as np
@@ -96,6 +99,43 @@ def measure(row: dict) -> dict | None:
         "spread": float(np.percentile(level, 95) - np.percentile(level, 10)),
         "high": float(spectrum[:, int(0.55 * 200):].sum() / total) if total > 0 else 0.0, "rate": rate,
     }
+
+
+def same_audio(rows: list[dict], others: list[dict] | None = None) -> list[tuple[dict, dict]]:
+    """Pairs of rows under different paths whose files hold the same bytes: within `rows`, or of `rows` and `others`.
+
+    Files are read only where text, duration and size agree.
+    """
+    groups: dict[tuple, list[dict]] = defaultdict(list)
+    for row in rows:
+        groups[row["text"], round(row["duration"], 2)].append(row)
+    pairs = []
+    if others is None:
+        candidates = [(members[0], member) for members in groups.values() for member in members[1:]]
+    else:
+        candidates = [(first, other) for other in others
+                      for first in groups.get((other["text"], round(other["duration"], 2)), ())[:3]]
+    for first, second in candidates:
+        paths = first["audio_filepath"], second["audio_filepath"]
+        if paths[0] == paths[1] or first.get("offset") or second.get("offset"):
+            continue
+        try:
+            if _size(first) == _size(second) and _digest(first) == _digest(second):
+                pairs.append((first, second))
+        except (OSError, ShardError):
+            continue  # missing audio is told elsewhere
+    return pairs
+
+
+def _size(row: dict) -> int:
+    return row["tar_bytes"] if is_sharded(row) else os.path.getsize(row["audio_filepath"])
+
+
+def _digest(row: dict) -> bytes:
+    if is_sharded(row):
+        return hashlib.sha1(read_shard(row["audio_filepath"], row)).digest()
+    with open(row["audio_filepath"], "rb") as file:
+        return hashlib.file_digest(file, "sha1").digest()
 
 
 def _hit(figures: list[dict], test) -> dict[str, list[dict]]:

@@ -5,7 +5,6 @@ Reads by `manifests.validate`, header of every audio file included. No torch.
 
 from __future__ import annotations
 
-import hashlib
 import os
 from collections import Counter, defaultdict
 from collections.abc import Iterable, Iterator
@@ -13,9 +12,8 @@ from collections.abc import Iterable, Iterator
 from manifests.report import Finding as LineFinding
 from manifests.report import Report as Validation
 from manifests.report import name_character
-from manifests.shards_format import ShardError, is_sharded, read_shard
 from manifests.validate import validate
-from tools.doctor.audio import in_foreign_tar
+from tools.doctor.audio import in_foreign_tar, same_audio
 from tools.doctor.finding import Finding
 from tools.doctor.registry import NotExamined, check
 from tools.doctor.subject import Subject
@@ -356,43 +354,6 @@ def _duplicate(subject, file, utterances, count, first, line) -> Finding:
         1.0,
         where=f"{file}:{line}",
     )
-
-
-def same_audio(rows: list[dict], others: list[dict] | None = None) -> list[tuple[dict, dict]]:
-    """Pairs of rows under different paths whose files hold the same bytes: within `rows`, or of `rows` and `others`.
-
-    Files are read only where text, duration and size agree.
-    """
-    groups: dict[tuple, list[dict]] = defaultdict(list)
-    for row in rows:
-        groups[row["text"], round(row["duration"], 2)].append(row)
-    pairs = []
-    if others is None:
-        candidates = [(members[0], member) for members in groups.values() for member in members[1:]]
-    else:
-        candidates = [(first, other) for other in others
-                      for first in groups.get((other["text"], round(other["duration"], 2)), ())[:3]]
-    for first, second in candidates:
-        paths = first["audio_filepath"], second["audio_filepath"]
-        if paths[0] == paths[1] or first.get("offset") or second.get("offset"):
-            continue
-        try:
-            if _size(first) == _size(second) and _digest(first) == _digest(second):
-                pairs.append((first, second))
-        except (OSError, ShardError):
-            continue  # missing audio is told elsewhere
-    return pairs
-
-
-def _size(row: dict) -> int:
-    return row["tar_bytes"] if is_sharded(row) else os.path.getsize(row["audio_filepath"])
-
-
-def _digest(row: dict) -> bytes:
-    if is_sharded(row):
-        return hashlib.sha1(read_shard(row["audio_filepath"], row)).digest()
-    with open(row["audio_filepath"], "rb") as file:
-        return hashlib.file_digest(file, "sha1").digest()
 
 
 @check("data", faults=("data-leakage",), needs=("manifests",))
