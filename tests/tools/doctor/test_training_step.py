@@ -29,7 +29,7 @@ def probe(model, families=("loss", "gradients")):
 @pytest.mark.parametrize("name, overrides", [
     ("deepspeech", ["model.consistency_weight=0.2"]),
     ("deepspeech2", ["model.tempo=0.1"]),
-    ("deepspeech2", ["model.consistency_weight=0.2", "model.tempo=0.2", "corpus.warp=0.1"]),
+    ("deepspeech2", ["model.consistency_weight=0.2", "model.tempo=0.2", "model.spec_augment.warp=0.1"]),
     ("conformer", INNER),
     ("conformer", ["model.consistency_weight=0.2", "model.tempo=0.1", *INNER]),
     pytest.param("conformer", ["model.optim.name=muon"],

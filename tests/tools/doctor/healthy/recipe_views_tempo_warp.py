@@ -3,7 +3,7 @@
 from tests.tools.doctor.faults import Healthy
 from tests.tools.doctor.setups import tones
 
-SWITCHES = ("model.consistency_weight=0.2", "model.tempo=0.1", "corpus.warp=0.1")
+SWITCHES = ("model.consistency_weight=0.2", "model.tempo=0.1", "model.spec_augment.warp=0.1")
 
 
 def make(folder):
