@@ -224,11 +224,13 @@ def _shaped(cfg: DictConfig, name: str, overrides: Sequence[str]) -> Settings:
 def _check_section(cfg: DictConfig, key: str, name: str) -> None:
     """Raises ConfigUnreadable where a section is there and is none. A part of a model may be null: it is left out."""
     above, _, last = key.rpartition(".")
-    holder = cfg._get_node(above) if above else cfg
-    if not isinstance(holder, DictConfig) or holder._is_none() or holder._is_interpolation() or holder._is_missing():
-        return
-    node = holder._get_node(last)
-    if node is None or node._is_missing() or node._is_interpolation():
+    holder = cfg
+    for part in [above, last] if above else [last]:
+        if not isinstance(holder, DictConfig) or holder._is_none() or holder._is_missing() \
+                or holder._is_interpolation() or part not in holder.keys():
+            return
+        node = holder = holder._get_node(part)
+    if node._is_missing() or node._is_interpolation():
         return
     if isinstance(node, DictConfig) and not node._is_none():
         return

@@ -154,7 +154,12 @@ def training_step_uses_it(subject):
     near = near or len(values) > 1 and min(values) * (1 - TOLERANCE) <= own <= max(values) * (1 + TOLERANCE)
     wrong = [] if step.given is None else _otherwise(step.given, truth)
     for inner, _ in step.calls[1:]:
-        wrong += [name for name in _otherwise(inner, truth) if name in ("targets", "target lengths", "input lengths")]
+        wrong += [name for name in _otherwise(inner, truth) if name in ("targets", "target lengths")]
+        # A layer before some of the subsampling has more frames, each utterance by the same factor.
+        within, last = inner[2].reshape(-1).cpu(), frames.cpu()
+        factor = float(within.sum()) / max(float(last.sum()), 1.0)
+        alone = within.shape != last.shape or bool(((within - factor * last).abs() > 2 * factor + 1).any())
+        wrong += ["input lengths"] if alone else []
     if alike < ALIKE:
         wrong.append("audio")
     if near:

@@ -100,6 +100,19 @@ def test_overrides_of_a_yaml_that_cannot_be(ask, tmp_path, overrides, words):
     assert code == 1 and words in " ".join(out.split())
 
 
+def test_a_composed_recipe_may_be_given_as_it_is(tmp_path):
+    """Hydra's configurations refuse to be asked for what they have not."""
+    from recipes.config import compose
+    from tools.doctor.engine import examine
+
+    manifest = tiny.write_rows(tmp_path / "train.json", ROWS)
+    cfg = compose("conformer", [f"corpus.{role}={manifest}" for role in ("train", "validation")])
+    report = examine(config=cfg, families=["limits"], overrides=["model.optim.lr=1e-3"])
+    assert report.exit_code == 0 and report.examined
+    report = examine(config=cfg, families=["limits"], overrides=["model.optim.lrr=1e-3"])
+    assert report.exit_code == 1 and "no key model.optim.lrr" in report.verdict + report.findings[0].symptom
+
+
 def test_a_section_alone_may_refer_to_the_rest(ask, tmp_path):
     path = tmp_path / "model.yaml"
     path.write_text("optim: {name: adamw, lr: '${trainer.rate}'}\n")
