@@ -51,10 +51,11 @@ def wobble(step, size):
 # ---- ours ------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("recipe, steps", [("deepspeech2", 1000), ("conformer", 936)])
+@pytest.mark.parametrize("recipe", ["deepspeech", "deepspeech2", "conformer"])
 @pytest.mark.parametrize("rows", [2, 4, 8, 15, 30, None])
-def test_the_committed_runs_are_healthy_at_every_length(tmp_path, recipe, steps, rows):
+def test_the_committed_runs_are_healthy_at_every_length(tmp_path, recipe, rows):
     lines = (ROOT / "recipes" / recipe / "results" / "mini.csv").read_text().splitlines()
+    steps = int(lines[-1].split(",")[0])
     folder = tmp_path / "run"
     folder.mkdir()
     (folder / "curve.csv").write_text("\n".join(lines[: rows and rows + 1]) + "\n")
