@@ -147,6 +147,11 @@ def test_leakage_by_path_by_bytes_and_by_manifest(audio, tmp_path):
     assert "data-leakage" in ids(tmp_path, half, validation=manifest(tmp_path, copies, "dev.json")).ids
     same = manifest(tmp_path, half)
     assert examine(manifests={"train": same, "test": same}, families=FAMILIES).ids == ["data-leakage"]
+    # what validation and test share with each other is in train nowhere
+    some = manifest(tmp_path, audio[30:35], "some.json")
+    rest = manifest(tmp_path, audio[30:], "rest.json")
+    report = examine(manifests={"train": same, "validation": some, "test": rest}, families=FAMILIES)
+    assert not [f.symptom for f in report.findings if "utterances of" in f.symptom]  # sentences of other recordings are
 
 
 def shifted(rows):
