@@ -4,6 +4,7 @@ import json
 import shutil
 import subprocess
 import sys
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -201,6 +202,19 @@ def test_a_part_of_the_pairs_is_told_by_a_mixture(share):
     residual, random_pairs = pairs.residuals(rows, np.log([row["duration"] for row in rows]))
     found, gain = pairs.mixture(residual, random_pairs)
     assert gain > 12 and 0.4 * share < found < 1.3 * share
+
+
+def test_utterances_cut_to_about_one_length_are_no_mismatch():
+    """Of LibriSpeech between 11 and 17 s the correlation is 0.56: rates of speech are what differs."""
+    generator = np.random.default_rng(0)
+    seconds = generator.uniform(11, 17, 190)
+    rows = [{"duration": float(s), "text": "a" * int(15 * s * np.exp(generator.normal(0, 0.16))), "_at": f"t:{i + 1}"}
+            for i, s in enumerate(seconds)]
+    assert list(pairs.lengths_go_together(SimpleNamespace(rows={"train": rows}))) == []
+    texts = [row["text"] for row in rows]
+    mixed = [{**row, "text": text} for row, text in zip(rows, texts[1:] + texts[:1])]
+    [found] = pairs.lengths_go_together(SimpleNamespace(rows={"train": mixed}))
+    assert found.id == "data-mismatched-text"
 
 
 def test_a_manifest_that_is_not_there_cannot_be_examined(tmp_path):
