@@ -5,9 +5,8 @@
 
 A history is a YAML in `cases/` (a recipe of conf/, what is changed for the broken and for the repaired version, what
 the user saw, the cause, the fix) and, where the fault is in code, a small module with the mistake as somebody would
-make it. Not one has been run to its end yet: that the settings bring about what their YAML tells is not measured.
-`--keep tools/histories/results` puts the small files of a run there. Importing this package imports neither torch nor
-NeMo.
+make it. What each run showed, and what the doctor said of it, is in `results/` (`--keep` puts it there). Importing this
+package imports neither torch nor NeMo.
 """
 
 from __future__ import annotations

@@ -11,7 +11,6 @@ from recipes.config import ConfigError, compose, recipes, suggest
 CASES = Path(__file__).resolve().parent / "cases"
 # one_batch is the broken version on eight utterances, where the user saw it learn.
 VERSIONS = ("broken", "one_batch", "fixed")
-SHORTEST, LONGEST = 3.0, 8.0  # seconds
 LONGEST_OF_A_BATCH = 4.0  # where it is one batch
 UTTERANCES_OF_A_BATCH, DEV_UTTERANCES = 8, 12
 STEPS_ON_ONE_BATCH = 100
@@ -32,6 +31,7 @@ class History:
     one_batch: whether it is trained on one batch, as the user did to find the fault; else on an hour of speech.
     learns_one_batch: whether the user saw the broken version learn one batch, which is then shown.
     upper_case: whether the broken version's transcripts are in capitals, as LibriSpeech has them.
+    durations: of the utterances in seconds, shortest and longest.
     """
 
     name: str
@@ -50,6 +50,7 @@ class History:
     one_batch: bool = False
     learns_one_batch: bool = False
     upper_case: bool = False
+    durations: tuple[float, float] = (3.0, 8.0)
 
     def lines(self, version: str) -> list[str]:
         """The overrides of one version."""
@@ -112,9 +113,9 @@ def _quoted(path: Path) -> str:
     return "'" + str(path).replace("'", "\\'") + "'"
 
 
-def choose(rows: list[dict], hours: float) -> list[dict]:
-    """Utterances of 3 to 8 s spread over the manifest, `hours` of them or all that there are."""
-    short = [row for row in rows if SHORTEST <= row["duration"] <= LONGEST]
+def choose(rows: list[dict], hours: float, durations: tuple[float, float] = (3.0, 8.0)) -> list[dict]:
+    """Utterances of `durations` (s) spread over the manifest, `hours` of them or all that there are."""
+    short = [row for row in rows if durations[0] <= row["duration"] <= durations[1]]
     total = sum(row["duration"] for row in short) / 3600
     if total <= hours:
         return short
@@ -130,16 +131,16 @@ def choose(rows: list[dict], hours: float) -> list[dict]:
 def write_manifests(history: History, version: str, data: Path, dev: Path, folder: Path, hours: float):
     """The version's own train and dev manifests in `folder`; returns their paths.
 
-    Raises ManifestError for a manifest that cannot be read, ConfigError where it has no utterance of 3 to 8 s.
+    Raises ManifestError for a manifest that cannot be read, ConfigError where it has no utterance of the history's durations.
     """
     made = []
-    rows = choose(_rows(data), hours)
-    heard = choose(_rows(dev), 1e9)
+    rows = choose(_rows(data), hours, history.durations)
+    heard = choose(_rows(dev), 1e9, history.durations)
     if history.on_one_batch(version):
         rows = [row for row in rows if row["duration"] <= LONGEST_OF_A_BATCH] or rows
         rows = heard = rows[:: max(len(rows) // UTTERANCES_OF_A_BATCH, 1)][:UTTERANCES_OF_A_BATCH]
     if not rows or not heard:
-        raise ConfigError(f"{dev if rows else data}: no utterance of {SHORTEST:g} to {LONGEST:g} s")
+        raise ConfigError(f"{dev if rows else data}: no utterance of {history.durations[0]:g} to {history.durations[1]:g} s")
     heard = heard[:: max(len(heard) // DEV_UTTERANCES, 1)][:DEV_UTTERANCES]
     for name, part in (("train", rows), ("dev", heard)):
         if history.upper_case and version != "fixed":
