@@ -27,7 +27,8 @@ def seen(tmp_path_factory):
     for number, code in enumerate(codes):
         exec(compile(code, f"example.ipynb, code cell {number}", "exec"), names)
         if number == 0:
-            names |= {"TRAIN": str(manifest), "DEV": str(manifest), "TEST": str(manifest), "MODEL": str(folder / "tiny.nemo")}
+            names |= dict.fromkeys(("TRAIN", "DEV", "TEST"), str(manifest))
+            names["MODEL"] = str(folder / "tiny.nemo")
     return names
 
 

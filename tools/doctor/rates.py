@@ -67,7 +67,7 @@ def _too_high(trace: Trace, curve, rates, updates, plots) -> list[Finding]:
         return _lost_to_rate(trace, curve, rates, plots)
     after = trace.last_step - (trace.warmup or 0)
     peak = max((v for _, v in rates), default=0.0)
-    adaptive = any(name in (trace.optimizer or "adam").lower() for name in ("adam", "muon"))  # ours is of one scale
+    adaptive = "adam" in (trace.optimizer or "adam").lower()
     if curve.stuck and curve.last > 2 * curve.level and trace.last_step >= 20:
         rose = curve.last > ROSE * curve.first
         leaps = len(updates) >= 3 and max(updates) > LEAP

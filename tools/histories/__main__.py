@@ -24,7 +24,7 @@ def main(arguments: list[str] | None = None) -> int:
     run.add_argument("names", nargs="+", metavar="NAME", help="of `list`, or all")
     run.add_argument("--data", default="data/librispeech_8h/train.json", help="manifest to train on")
     run.add_argument("--dev", default="data/librispeech_8h/dev.json", help="manifest to predict")
-    run.add_argument("--hours", type=float, default=0.75, help="of the data, utterances of 3 to 8 s")
+    run.add_argument("--hours", type=float, default=0.75, help="of the data, utterances of a history's durations")
     run.add_argument("--out", default="exp/histories", help="folder of the results")
     run.add_argument("--keep", help="folder that gets the small files too: history.md, curves.png, the curves")
     run.add_argument("--steps", type=int, help="in place of the history's own number")

@@ -11,6 +11,7 @@ from recipes.config import ConfigError, compose, recipes, suggest
 CASES = Path(__file__).resolve().parent / "cases"
 # one_batch is the broken version on eight utterances, where the user saw it learn.
 VERSIONS = ("broken", "one_batch", "fixed")
+DURATIONS = (3.0, 8.0)  # seconds, shortest and longest
 LONGEST_OF_A_BATCH = 4.0  # where it is one batch
 UTTERANCES_OF_A_BATCH, DEV_UTTERANCES = 8, 12
 STEPS_ON_ONE_BATCH = 100
@@ -50,7 +51,7 @@ class History:
     one_batch: bool = False
     learns_one_batch: bool = False
     upper_case: bool = False
-    durations: tuple[float, float] = (3.0, 8.0)
+    durations: tuple[float, float] = DURATIONS
 
     def lines(self, version: str) -> list[str]:
         """The overrides of one version."""
@@ -113,7 +114,7 @@ def _quoted(path: Path) -> str:
     return "'" + str(path).replace("'", "\\'") + "'"
 
 
-def choose(rows: list[dict], hours: float, durations: tuple[float, float] = (3.0, 8.0)) -> list[dict]:
+def choose(rows: list[dict], hours: float, durations: tuple[float, float] = DURATIONS) -> list[dict]:
     """Utterances of `durations` (s) spread over the manifest, `hours` of them or all that there are."""
     short = [row for row in rows if durations[0] <= row["duration"] <= durations[1]]
     total = sum(row["duration"] for row in short) / 3600
@@ -131,7 +132,8 @@ def choose(rows: list[dict], hours: float, durations: tuple[float, float] = (3.0
 def write_manifests(history: History, version: str, data: Path, dev: Path, folder: Path, hours: float):
     """The version's own train and dev manifests in `folder`; returns their paths.
 
-    Raises ManifestError for a manifest that cannot be read, ConfigError where it has no utterance of the history's durations.
+    Raises ManifestError for a manifest that cannot be read, ConfigError where it has no utterance of the history's
+    durations.
     """
     made = []
     rows = choose(_rows(data), hours, history.durations)
@@ -140,7 +142,8 @@ def write_manifests(history: History, version: str, data: Path, dev: Path, folde
         rows = [row for row in rows if row["duration"] <= LONGEST_OF_A_BATCH] or rows
         rows = heard = rows[:: max(len(rows) // UTTERANCES_OF_A_BATCH, 1)][:UTTERANCES_OF_A_BATCH]
     if not rows or not heard:
-        raise ConfigError(f"{dev if rows else data}: no utterance of {history.durations[0]:g} to {history.durations[1]:g} s")
+        shortest, longest = history.durations
+        raise ConfigError(f"{dev if rows else data}: no utterance of {shortest:g} to {longest:g} s")
     heard = heard[:: max(len(heard) // DEV_UTTERANCES, 1)][:DEV_UTTERANCES]
     for name, part in (("train", rows), ("dev", heard)):
         if history.upper_case and version != "fixed":

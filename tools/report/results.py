@@ -28,8 +28,7 @@ def runs(root: Path) -> list[tuple[str, str, Path, dict]]:
     found = []
     for path in sorted(root.glob("recipes/*/results/*.json")):
         held = json.loads(path.read_text())
-        if "overall" in held and "command" in held:
-            found.append((held.get("corpus", path.stem), held.get("recipe", path.parent.parent.name), path, held))
+        found.append((held["corpus"], held["recipe"], path, held))
     return sorted(found, key=lambda run: run[:3])
 
 
@@ -54,9 +53,8 @@ def section(corpus: str, of_corpus: list[tuple[str, str, Path, dict]], root: Pat
             )
         columns = read_curve(curve)
         step, seconds = columns["seconds"][-1]
-        size = held.get("parameters")
         took.append(
-            f"| [{recipe}]({curve.relative_to(root).as_posix()}) | {f'{size / 1e6:.1f} M' if size else ''} | {step:.0f} | "
+            f"| [{recipe}]({curve.relative_to(root).as_posix()}) | {held['parameters'] / 1e6:.1f} M | {step:.0f} | "
             f"{seconds / 60:.1f} min | {held['hardware']} | `{held['command']}` | {held['commit']} |"
         )
     return [f"## {corpus}", "", *reached, "", *took, ""]

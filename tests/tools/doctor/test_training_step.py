@@ -1,7 +1,5 @@
 """The probe of a training step: steps that train on other views of a batch, and steps that spoil it."""
 
-import importlib.util
-
 import pytest
 
 torch = pytest.importorskip("torch")
@@ -11,7 +9,6 @@ from torch.nn import functional as F
 from tests.tools.doctor.test_model_probes import SMALL, stock
 from tools.doctor.engine import examine
 
-MUON = importlib.util.find_spec("recipes.muon") is not None
 INNER = ["+model.interctc.loss_weights=[0.3]", "+model.interctc.apply_at_layers=[1]"]
 
 
@@ -32,8 +29,6 @@ def probe(model, families=("loss", "gradients")):
     ("deepspeech2", ["model.consistency_weight=0.2", "model.tempo=0.2", "model.spec_augment.warp=0.1"]),
     ("conformer", INNER),
     ("conformer", ["model.consistency_weight=0.2", "model.tempo=0.1", *INNER]),
-    pytest.param("conformer", ["model.optim.name=muon"],
-                 marks=pytest.mark.skipif(not MUON, reason="no such optimizer")),
 ])
 def test_the_switches_of_our_recipes_are_no_fault(name, overrides):
     report = probe(recipe(name, *overrides))
