@@ -7,7 +7,6 @@ within a pair, which had the same neighbours on the machine, with the median and
 from __future__ import annotations
 
 import argparse
-import ctypes
 import datetime
 import gc
 import json
@@ -24,6 +23,7 @@ from typing import Any, NamedTuple
 
 from manifests.report import percentiles
 from manifests.schema import write_atomic
+from recipes.threads import give_back_memory, set_threads
 
 ROOT = Path(__file__).resolve().parents[2]
 RESULTS = Path(__file__).resolve().parent / "results"
@@ -108,10 +108,7 @@ def rss(key: str = "VmRSS") -> int | None:
 def release() -> None:
     """Give freed memory back to the system, so that it does not hide what comes next."""
     gc.collect()
-    try:
-        ctypes.CDLL(None).malloc_trim(0)
-    except (OSError, AttributeError):  # not glibc
-        pass
+    give_back_memory()
 
 
 def reset_peak() -> bool:
@@ -151,7 +148,6 @@ def peak_memory(function: Callable[[], Any], device) -> int | None:
 def set_up() -> None:
     """The recipe's own threads and silence, before torch and NeMo are imported by a bench's main."""
     from recipes.quiet import quiet_imports
-    from recipes.threads import set_threads
 
     set_threads()
     quiet_imports()
