@@ -12,6 +12,8 @@ from nemo.core.classes.common import typecheck
 from torch import Tensor
 
 
+FRAMES_MULTIPLE = 16  # half of it is 2 % of a mini utterance
+
 class WarpedSpectrogramAugmentation(SpectrogramAugmentation):
     """NeMo's SpecAugment after a warp of the frequency axis, drawn anew for each utterance.
 
@@ -59,3 +61,11 @@ def change_tempo(features_BDT: Tensor, lengths_B: Tensor, tempo: float) -> tuple
     frames = max(round(features_BDT.shape[2] * factor), 1)
     stretched = F.interpolate(features_BDT, size=frames, mode="linear", align_corners=False)
     return stretched, (lengths_B * (frames / max(features_BDT.shape[2], 1))).round().to(lengths_B.dtype)
+
+
+def round_up_frames(features_BDT: Tensor, multiple: int = FRAMES_MULTIPLE) -> Tensor:
+    """The same features with silence behind them up to a multiple of frames, so that batches repeat their shapes.
+
+    Matrix products in bfloat16 are compiled for each shape on a CPU, kernels are chosen for each on a GPU.
+    """
+    return F.pad(features_BDT, (0, -features_BDT.shape[2] % multiple))

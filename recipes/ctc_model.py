@@ -15,14 +15,16 @@ from __future__ import annotations
 import copy
 import logging
 from dataclasses import dataclass, field
+from functools import partial
 
+import sentencepiece
 import torch
 from nemo.collections.asr.models import EncDecCTCModel, EncDecCTCModelBPE
 from nemo.core.classes.mixins import AccessMixin
 from omegaconf import DictConfig, OmegaConf, open_dict
 from torch import Tensor
 
-from recipes.augment import change_tempo
+from recipes.augment import change_tempo, round_up_frames
 from recipes.consistency import consistency_loss, two_views
 from recipes.ctc_loss import CTCLoss
 from recipes.data import CharEncoder, ResumableLoader, lhotse_loader, manifest_loader, read_rows
@@ -86,11 +88,15 @@ class _RecipeModel:
         """Callable from a normalised text to a list of targets."""
         raise TypeError("use CTCModel or CTCModelBPE")
 
+    def training_text_encoder(self):
+        """The same for training, where it may draw one of several ways to spell a text."""
+        return self.text_encoder()
+
     def _setup_dataloader_from_config(self, config):
         if not config.get("use_lhotse") or config.get("do_transcribe"):
             return super()._setup_dataloader_from_config(config)  # NeMo's own ways in stay open
         return lhotse_loader(
-            config, self.text_encoder(), self.global_rank, self.world_size, preprocessor=self.preprocessor
+            config, self.training_text_encoder(), self.global_rank, self.world_size, preprocessor=self.preprocessor
         )
 
     def setup_multiple_validation_data(self, val_data_config):
@@ -131,6 +137,7 @@ class _RecipeModel:
             signals_a_second = self.preprocessor._sample_rate
         if tempo := self._cfg.get("tempo", 0.0):
             features_BDT, feature_lengths = change_tempo(features_BDT, feature_lengths, tempo)
+        features_BDT = round_up_frames(features_BDT)
         if consistency:
             features_BDT, feature_lengths, targets_BS, target_lengths = two_views(
                 features_BDT, feature_lengths, targets_BS, target_lengths
@@ -313,3 +320,15 @@ class CTCModelBPE(_RecipeModel, EncDecCTCModelBPE):
 
     def text_encoder(self):
         return self.tokenizer.text_to_ids
+
+    def training_text_encoder(self):
+        """With `bpe_dropout` p, each merge of the tokenizer is left out with probability p, anew for each text.
+
+        Provilkov et al. 2020 (arXiv 1910.13267): words are met in smaller pieces too, as new words will have to be
+        spelled. Draws from sentencepiece's own generator, seeded from torch's seed.
+        """
+        dropout = self._cfg.get("bpe_dropout", 0.0)
+        if not dropout:
+            return self.text_encoder()
+        sentencepiece.set_random_generator_seed(torch.initial_seed() % 2**32)
+        return partial(self.tokenizer.text_to_ids, sample_alpha=dropout)

@@ -378,25 +378,10 @@ def test_real_speech_with_a_model_of_ours_in_a_fresh_process(librispeech_sample,
 
 
 def test_sentencepiece_models_are_decoded_as_nemo_decodes_them(rows, tmp_path):
-    import sentencepiece
-    from omegaconf import OmegaConf, open_dict
-
     from recipes.ctc_model import CTCModelBPE
     from recipes.decode import load_model
 
-    text = tmp_path / "text.txt"
-    text.write_text("the cat sat on the mat\nthe dog ran to the cat\na bat and a rat sat and ran\n" * 5)
-    sentencepiece.SentencePieceTrainer.train(
-        input=str(text), model_prefix=str(tmp_path / "tokenizer"), vocab_size=32, model_type="bpe", minloglevel=2
-    )
-    pieces = sentencepiece.SentencePieceProcessor(model_file=str(tmp_path / "tokenizer.model"))
-    vocabulary = [pieces.id_to_piece(i) for i in range(pieces.get_piece_size())]
-    (tmp_path / "vocab.txt").write_text("\n".join(vocabulary))
-    cfg = tiny.config()
-    with open_dict(cfg):
-        cfg.tokenizer = OmegaConf.create({"dir": str(tmp_path), "type": "bpe"})
-        cfg.decoder.vocabulary = []
-        cfg.decoder.num_classes = -1
+    cfg = tiny.bpe_config(tmp_path)
     torch.manual_seed(0)
     CTCModelBPE(cfg).save_to(str(tmp_path / "bpe.nemo"))
     loaded = load_model(tmp_path / "bpe.nemo", "cpu")

@@ -1,5 +1,6 @@
-"""Memory that is kept between steps, and given back when asked."""
+"""Memory that is kept between steps, and given back when asked; room for compiled shapes."""
 
+import os
 import subprocess
 import sys
 
@@ -25,3 +26,21 @@ print(kept - resident())
 def test_memory_between_what_stays_is_kept_until_it_is_given_back():
     freed = subprocess.run([sys.executable, "-c", HOLES], cwd=ROOT, capture_output=True, text=True, check=True).stdout
     assert int(freed) > 300  # of the 360 MB between the blocks that stay
+
+
+CAPACITY = """
+import os, sys
+from recipes.threads import set_threads
+set_threads()
+print(os.environ["ONEDNN_PRIMITIVE_CACHE_CAPACITY"], "torch" in sys.modules)
+"""
+
+
+def test_room_for_compiled_shapes_is_asked_for_before_torch_and_the_user_has_the_last_word():
+    def run(**environment):
+        environment = {k: v for k, v in os.environ.items() if not k.startswith("ONEDNN")} | environment
+        command = [sys.executable, "-c", CAPACITY]
+        return subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, check=True).stdout
+
+    assert run().split() == ["16384", "False"]
+    assert run(ONEDNN_PRIMITIVE_CACHE_CAPACITY="77").split() == ["77", "False"]

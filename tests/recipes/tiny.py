@@ -35,6 +35,27 @@ def config(target: str | None = None, features: int = 16):
     return OmegaConf.create({**cfg, **({"target": target} if target else {})})
 
 
+def bpe_config(folder: Path):
+    """The same over 32 sentencepiece tokens, whose tokenizer is trained into `folder`."""
+    import sentencepiece
+    from omegaconf import OmegaConf, open_dict
+
+    text = folder / "text.txt"
+    text.write_text("the cat sat on the mat\nthe dog ran to the cat\na bat and a rat sat and ran\n" * 5)
+    sentencepiece.SentencePieceTrainer.train(
+        input=str(text), model_prefix=str(folder / "tokenizer"), vocab_size=32, model_type="bpe", minloglevel=2
+    )
+    pieces = sentencepiece.SentencePieceProcessor(model_file=str(folder / "tokenizer.model"))
+    vocabulary = [pieces.id_to_piece(i) for i in range(pieces.get_piece_size())]
+    (folder / "vocab.txt").write_text("\n".join(vocabulary))
+    cfg = config()
+    with open_dict(cfg):
+        cfg.tokenizer = OmegaConf.create({"dir": str(folder), "type": "bpe"})
+        cfg.decoder.vocabulary = []
+        cfg.decoder.num_classes = -1
+    return cfg
+
+
 @lru_cache(maxsize=1)
 def model():
     """NeMo's EncDecCTCModel with random weights, shared by a test session: leave it as it is."""
