@@ -63,6 +63,8 @@ def test_every_trainer_logger_and_debug_option_composes(trainer, logger, debug, 
         ("deepspeech2", ["training.global_batch_seconds=0"], ["training.global_batch_seconds=0"]),
         ("deepspeech2", ["model.optim.lr=0"], ["model.optim.lr=0"]),
         ("deepspeech2", ["model.optim.lr=???"], ["missing mandatory value: model.optim.lr"]),
+        ("conformer", ["model.tempo=1.1"], ["model.tempo=1.1"]),
+        ("conformer_bpe", ["model.tokenizer.dir=x", "model.bpe_dropout=1"], ["model.bpe_dropout=1"]),
         ("conformer_bpe", [], ["missing mandatory value: model.tokenizer.dir"]),
     ],
 )
