@@ -146,11 +146,10 @@ class _RecipeModel:
             processed_signal=features_BDT, processed_signal_length=feature_lengths
         )
         loss = self.loss(log_probs, targets_BS, lengths, target_lengths)
-        infeasible = self.loss.infeasible
+        infeasible, ctc_loss = self.loss.infeasible, loss.detach()
         if intermediate:
             loss, _ = self.add_interctc_losses(loss, targets_BS, target_lengths, compute_wer=False)
             AccessMixin.reset_registry(self)
-        ctc_loss = loss.detach()
         if consistency:
             loss = loss + consistency * self.loss.average(
                 consistency_loss(log_probs, lengths), infeasible[: len(ids)], target_lengths[: len(ids)]
