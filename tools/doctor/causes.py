@@ -12,6 +12,7 @@ EFFECTS: dict[str, tuple[str, ...]] = {
         "padding-leak", "norm-padding", "time-scrambled", "train-eval-differ", "length-mismatch", "loss-wrong",
         "vanishes",
     ),
+    "padding-leak": ("train-eval-differ", "norm-padding"),  # only a mask that hides speech in place of padding prevents
     "softmax-axis": (
         "not-log-probs", "batch-leak", "padding-leak", "time-scrambled", "loss-wrong", "vanishes", "norm-padding",
         "train-eval-differ",
@@ -29,7 +30,7 @@ EFFECTS: dict[str, tuple[str, ...]] = {
     "no-gradient": ("vanishes",),
     "explodes": (
         "vanishes", "time-scrambled", "padding-leak", "train-eval-differ", "batch-leak", "output-constant",
-        "norm-padding", "loss-wrong", "no-gradient",
+        "norm-padding", "loss-wrong", "no-gradient", "run-nan",
     ),
     "features-bad": ("norm-padding", "explodes", "vanishes", "time-scrambled", "output-constant"),
     "vanishes": ("not-log-probs", "train-eval-differ", "time-scrambled"),
@@ -81,9 +82,36 @@ def merge(findings: list[Finding]) -> list[Finding]:
     return out
 
 
+def with_source_of_nan(findings: list[Finding]) -> list[Finding]:
+    """Findings of a run that became non-finite, with the unbounded recurrence of its model as what made it so.
+
+    A model whose outputs can explode is a warning before training, and the cause of a run in which a value was not
+    finite, unless the run shows that it began elsewhere.
+    """
+    nan = next((f for f in findings if f.id == "run-nan" and f.weight == "prevents"), None)
+    if nan is None or any(f.id == "explodes" and f.weight == "prevents" for f in findings):
+        return findings
+    source = next((f for f in findings if f.id == "explodes" and _began_there(nan.where, f.where)), None)
+    if source is None:
+        return findings
+    step = nan.evidence.get("first at step", "?")
+    told = replace(
+        source, weight="prevents", confidence=max(source.confidence, 0.9 if nan.where else 0.8),
+        symptom=f"This run is not finite from step {step} on"
+                + (f", first in {nan.where}, and that can explode. " if nan.where else ", and its model can explode. ")
+                + source.symptom,
+        evidence={"first at step": step, **source.evidence}, plots=[*nan.plots, *source.plots])
+    return [told if f is source else f for f in findings]
+
+
+def _began_there(module: str, source: str) -> bool:
+    """Whether a module (or a parameter of it, "" for not known) is the one that can explode, or inside or around it."""
+    return not module or f"{module}.".startswith(f"{source}.") or f"{source}.".startswith(f"{module}.")
+
+
 def name_causes(findings: list[Finding]) -> list[Finding]:
     """Findings with the effects of other findings turned into notes, causes first; order is kept otherwise."""
-    findings = merge(findings)
+    findings = merge(with_source_of_nan(findings))
     stopping = {finding.id for finding in findings if finding.weight == "prevents"}
     # Of two that cause each other by this table none is the first: both stay.
     first = {id for id in stopping if not any(id in EFFECTS.get(other, ()) for other in stopping - {id})}

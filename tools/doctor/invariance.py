@@ -12,6 +12,7 @@ from tools.doctor.tracing import describe, first_difference, shortened, trace
 
 NEGLIGIBLE = 2e-3  # relative change that rounding may make
 EDGE = 0.25  # share of frames, at the end, that an unmasked convolution may reach
+LONG, BEHIND = 1200, 120  # feature frames of speech and of padding behind it, to compare what is heard of either
 
 
 def _finite(*tensors: Tensor) -> None:
@@ -40,6 +41,7 @@ def padding_changes_nothing(subject):
         if not change > NEGLIGIBLE:
             return
         found = first_difference(trace(probe.model, runs["alone"]), trace(probe.model, runs["padded"]), 1e-3)
+        heard = _heard_from_afar(probe) if change > 0.2 else None
     spread = (out - out.mean(dim=0)).square().mean().sqrt().clamp(min=1e-9)
     per_frame = (out_padded - out).square().mean(dim=1).sqrt() / spread
     touched = torch.nonzero(per_frame > max(NEGLIGIBLE, 0.02 * float(per_frame.max()))).flatten()
@@ -54,6 +56,9 @@ def padding_changes_nothing(subject):
                 {"change": (list(range(valid)), per_frame.tolist())}, "0 everywhere is right")
     evidence = {"relative change": change, "frames changed": f"{len(touched)} of {valid}, from frame {first} on",
                 "largest change of a frame": float(per_frame.max()), "first": name}
+    if heard is not None and heard[0] > 0.1 and heard[0] > 20 * heard[1]:
+        yield _inverted(heard, evidence, found[0].name if found else "encoder", plot)
+        return
     if by_norm:
         yield Finding(
             "norm-padding",
@@ -88,6 +93,42 @@ def padding_changes_nothing(subject):
         if recurrent else ["mask padding in attention (key_padding_mask) and before each layer that looks along time"],
         (0.35 if change < 0.1 else 0.45) if at_edge else 0.55 if change < 0.2 else 0.65,
         where=found[0].name if found else "encoder",
+        plots=[plot],
+    )
+
+
+def _heard_from_afar(probe) -> tuple[float, float] | None:
+    """How much the first half of a long utterance moves, in its spread: when padding comes behind its end, and when,
+    with the padding there, other speech stands near its end (the last frames reach the padding by themselves, through
+    strided convolutions). None where an output is not finite."""
+    x, lengths = probe.made_up_features([LONG])
+    other, _ = probe.made_up_features([LONG], seed=13)
+    changed = x.clone()
+    changed[:, :, -3 * BEHIND : -2 * BEHIND] = other[:, :, -3 * BEHIND : -2 * BEHIND]
+    alone, padded, elsewhere = (probe.forward(torch.nn.functional.pad(features, (0, behind)), lengths)[0]
+                                for features, behind in ((x, 0), (x, BEHIND), (changed, BEHIND)))
+    half = alone.shape[1] // 2
+    alone, padded, elsewhere = alone[0, :half], padded[0, :half], elsewhere[0, :half]
+    if half < 8 or not bool(torch.isfinite(torch.stack([alone, padded, elsewhere])).all()):
+        return None
+    return relative(padded - alone, padded), relative(elsewhere - padded, padded)
+
+
+def _inverted(heard: tuple[float, float], evidence: dict, where: str, plot: Plot) -> Finding:
+    return Finding(
+        "padding-leak",
+        "prevents",
+        f"Frames hear the padding and not each other: {BEHIND} frames of padding behind an utterance of {LONG} move "
+        f"its first half by {heard[0]:.0%} of the outputs' spread, other speech near its end by {heard[1]:.1%}.",
+        "The padding mask is inverted: one side makes it True on real frames, the other takes True for padding. What "
+        "looks along time looks at padding only, and each frame of speech is transcribed alone. Without padding the "
+        "mask leaves nothing, so that evaluation one by one differs from training in batches.",
+        {"moved by padding": heard[0], "moved by other speech": heard[1], **evidence},
+        ["invert the mask where it is made, once: padding = ~(torch.arange(T) < lengths[:, None])",
+         "conventions: True is padding in key_padding_mask of torch.nn.MultiheadAttention; True is what may be looked "
+         "at in torch.nn.functional.scaled_dot_product_attention(attn_mask=...)"],
+        0.95,
+        where=where,
         plots=[plot],
     )
 

@@ -106,9 +106,9 @@ def _cause(trace: Trace, bad: BadStep, evidence: dict, plots: list[Plot]) -> Fin
 
 
 def _explodes(trace: Trace, bad: BadStep, here: str, times: float | None, evidence: dict, plots: list[Plot]) -> Finding:
-    """A module whose output is infinite or very large: over time (`times` from first to last), or by depth."""
+    """A module whose output is infinite or very large: over time (`times` from one end to the other), or by depth."""
     if times is not None:
-        how = f"its output grows {times:.3g} times from the first frames to the last"
+        how = f"its output grows {times:.3g} times from one end of time to the other"
         why = ("A recurrence without a bound (ReLU) and without normalisation multiplies its state at each frame: over "
                "a factor of 1 it grows exponentially, and a longer utterance grows further.")
         first = f"use a gated or bounded recurrence in {bad.module}: nn.GRU, nn.LSTM, or nonlinearity='tanh'"
@@ -208,15 +208,24 @@ def lr_too_high(trace: Trace, symptom: str, evidence: dict, plots: list[Plot], c
 
 
 def _growth(bad: BadStep) -> float | None:
-    """How much larger the traced output is at its last finite frames than at its first; None where it does not grow."""
+    """How much larger the traced output is at one end of time than at the other, up to where it is not finite.
+
+    A recurrence that runs backwards grows towards the first frame, also where its output is added to that of one that
+    runs ahead. None where the output does not grow.
+    """
     if bad.growth is None:
         return None
-    values = [v for v in bad.growth[1] if math.isfinite(v)]
-    if len(values) < 3 or values[0] <= 0:
-        return None
-    times = max(values) / max(values[0], 1e-30)
-    late = values.index(max(values)) >= len(values) // 2 or len(values) < len(bad.growth[1])
-    return times if times > GROWTH and late else None
+    values = bad.growth[1]
+    finite = [v for v in values if math.isfinite(v) and v > 0]  # zeros are padding
+    first, last = (not math.isfinite(values[k]) for k in (0, -1)) if values else (False, False)
+    if len(finite) < 3 or not (first or last or all(map(math.isfinite, values))):
+        return None  # it breaks elsewhere than at an end to which it would grow
+    if first and last:  # both directions do
+        times = max(finite) / min(finite)
+    else:
+        ways = ([] if first else [finite]) + ([] if last else [finite[::-1]])
+        times = max((max(way) / way[0] for way in ways if way.index(max(way)) >= len(way) // 2), default=0.0)
+    return times if times > GROWTH else None
 
 
 def _deep(bad: BadStep) -> bool:

@@ -116,8 +116,10 @@ def _warmup(trace: Trace, what: str, confidence: float, plots, peak) -> Finding:
 
 
 def _thrown_about(trace: Trace, curve) -> bool:
+    """Whether the second half lies above the level throughout, and jumps; a few last losses that run away do not."""
     late = trace.values("loss", since=0.5)
-    return len(late) >= 8 and fmean(late) > 1.3 * curve.level and pstdev(late) > 0.15 * fmean(late)
+    usual = sorted(late)[: max(len(late) - len(late) // 10, 1)]
+    return len(late) >= 8 and median(late) > 1.3 * curve.level and pstdev(usual) > 0.15 * fmean(usual)
 
 
 def _at(points, step) -> float:

@@ -11,9 +11,12 @@ from tests.conftest import ROOT
 from tests.tools.doctor.runs import write_curve
 from tools.doctor.bands import learn
 from tools.doctor.bands.__main__ import main as make_band
+from tools.doctor.causes import name_causes
 from tools.doctor.engine import examine
 from tools.doctor.explain import read_events, read_run
-from tools.doctor.finding import Report
+from tools.doctor.finding import Finding, Report
+from tools.doctor.nonfinite import non_finite
+from tools.doctor.trace import BadStep, Trace
 
 FAMILIES = ["run", "metrics"]
 
@@ -112,6 +115,59 @@ def test_nan_without_a_sign_of_its_cause_invents_none(tmp_path):
     first = explain(write_curve(tmp_path / "x", rows, config(1000))).findings[0]
     assert first.id == "run-nan" and first.confidence <= 0.5 and "callbacks=[tools.doctor.Doctor()]" in first.fix[0]
     assert "do not say" in first.cause
+
+
+def test_a_loss_that_runs_away_at_the_end_is_not_thrown_about(tmp_path):
+    """A run on its plateau whose last loss before the NaN is large: its rate is not to blame for that."""
+    rows = curve(220, 4, loss=lambda s: 2.95 if s < 212 else 15.8 if s < 216 else math.nan,
+                 norm=lambda s: 5.0 if s < 212 else math.nan)
+    report = explain(write_curve(tmp_path / "x", rows, config(400, 8)))
+    assert report.findings[0].id == "run-nan" and "lr-too-high" not in report.ids
+
+
+@pytest.mark.parametrize("values, expected", [
+    ([1.5**k for k in range(60)] + [math.nan] * 5, "explodes"),  # runs ahead
+    ([math.nan] * 5 + [1.5**k for k in range(60)][::-1], "explodes"),  # runs backwards
+    ([math.nan] * 3 + [1.5 ** abs(k) for k in range(-30, 30)] + [math.inf] * 3, "explodes"),  # both, added up
+    ([1.0, 2.0] * 20 + [math.nan] + [1.0, 2.0] * 20, "run-nan"),  # one frame breaks
+    ([1.0, 2.0] * 20 + [math.nan] * 3, "run-nan"),  # breaks without having grown
+])
+def test_growth_is_seen_in_both_directions_of_time(values, expected):
+    bad = BadStep(108, "loss", "forward", "encoder.rnn", "RecurrentLayer", growth=(list(range(len(values))), values))
+    assert [finding.id for finding in non_finite(Trace(bad=bad, bad_steps=6))] == [expected]
+
+
+def test_nan_in_a_run_whose_recurrence_can_explode_is_put_down_to_it():
+    def nan(where):
+        return Finding("run-nan", "prevents", "The loss is not finite.", "", {"first at step": 108}, [], 0.9, where)
+
+    source = Finding("explodes", "warning", "The recurrence has no bound.", "", {}, [], 0.85, "encoder.rnn")
+    rate = Finding("lr-too-high", "prevents", "Steps are too large.", "", {}, [], 0.7)
+    for where in ("encoder.rnn", "encoder.rnn.ahead", ""):
+        report = Report(name_causes([rate, nan(where), source]))
+        assert report.ids[:2] == ["explodes", "lr-too-high"] and "step 108" in report.findings[0].symptom
+        assert report.findings[-1].id == "run-nan" and report.findings[-1].weight == "note"
+    elsewhere = Report(name_causes([nan("encoder.norm"), source]))
+    assert elsewhere.ids == ["run-nan", "explodes"]
+
+
+def test_a_dead_deepspeech_is_built_anew_and_its_recurrence_named(tmp_path):
+    """Its curve alone says only that the loss is NaN; the model of its configuration says why."""
+    from omegaconf import OmegaConf
+
+    from recipes.config import compose
+
+    cfg = compose("deepspeech", [
+        "corpus=mini", "trainer=cpu", "logger=csv", "trainer.max_steps=400", "model.encoder.hidden=32",
+        "model.encoder.rnn_hidden=32", "model.encoder.norm=none", "model.encoder.rnn_norm=none",
+        "model.encoder.rnn_type=relu", "model.encoder.init=torch", "model.optim.sched.warmup_steps=8"])
+    rows = curve(220, 4, loss=lambda s: 2.95 if s < 212 else 15.8 if s < 216 else math.nan,
+                 norm=lambda s: 5.0 if s < 212 else math.nan)
+    folder = write_curve(tmp_path / "run", rows, OmegaConf.to_container(cfg, resolve=False))
+    report = examine(run=folder, families=None, seconds=60)
+    first = report.findings[0]
+    assert (first.id, first.weight, first.where) == ("explodes", "prevents", "encoder.rnn")
+    assert "step 212" in first.symptom and "lr-too-high" not in report.ids
 
 
 def test_rates(tmp_path):
@@ -224,8 +280,6 @@ def test_a_cut_off_event_file_and_an_empty_folder_are_no_traceback(tmp_path):
 
 
 def test_the_callbacks_report_is_taken_up(tmp_path):
-    from tools.doctor.finding import Finding
-
     folder = write_curve(tmp_path / "x", curve(300, loss=lambda s: learns(s) if s < 200 else math.nan), config())
     seen = Finding("explodes", "prevents", "encoder.rnn grows.", "ReLU.", {"first at step": 200}, ["LSTM"], 0.95,
         "encoder.rnn")
