@@ -12,6 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from recipes.conformer.depthwise import float32_on_cpu
 from recipes.lengths import conv_out_length, valid_mask
 
 KERNEL, STRIDE, PADDING = 3, 2, 1
@@ -77,11 +78,13 @@ class ConvSubsampling(nn.Module):
         x_BtfC = self._first_stage(x_BTF, length_B)
         for i, conv in enumerate(self.convs):
             # a view: channels stay last in memory, the layout in which these kernels are fast on CPU and GPU
-            x_BCtf = conv(x_BtfC.permute(0, 3, 1, 2))
+            x_BCTF = x_BtfC.permute(0, 3, 1, 2)
             if self.pointwise:
+                with float32_on_cpu(x_BCTF.device):
+                    x_BCtf = conv(x_BCTF.to(conv.weight.dtype) if x_BCTF.device.type == "cpu" else x_BCTF)
                 x_BtfC = F.relu(self.pointwise[i](x_BCtf.permute(0, 2, 3, 1)))
             else:
-                x_BtfC = x_BCtf.relu_().permute(0, 2, 3, 1)
+                x_BtfC = conv(x_BCTF).relu_().permute(0, 2, 3, 1)
             length_B = conv_out_length(length_B, KERNEL, STRIDE, PADDING)
             if i < len(self.convs) - 1:  # what no convolution reads needs no zeros
                 x_BtfC = x_BtfC.masked_fill(~valid_mask(length_B, x_BtfC.shape[1])[..., None, None], 0.0)
