@@ -4,6 +4,7 @@ import subprocess
 import sys
 
 import pytest
+from omegaconf import OmegaConf
 
 from recipes.config import ConfigError, check_against_code, compose, hydra_arguments, recipes
 from tests.conftest import ROOT
@@ -31,6 +32,13 @@ def test_every_recipe_composes_with_every_corpus_and_size(recipe, corpus, size, 
     cfg = compose(recipe, overrides)
     assert cfg.name == recipe and cfg.corpus.name == corpus
     assert cfg.model.optim.lr > 0
+
+
+@pytest.mark.parametrize("blocks, middle", [(1, 0), (2, 0), (4, 1), (6, 2), (17, 7)])
+def test_the_intermediate_loss_is_half_way_up_whatever_the_number_of_blocks(blocks, middle, manifests):
+    cfg = compose("conformer", [f"model.encoder.n_layers={blocks}", *manifests])
+    assert OmegaConf.to_container(cfg.model, resolve=True)["interctc"]["apply_at_layers"] == [middle]
+    assert compose("conformer", ["model.interctc=null", *manifests]).model.interctc is None
 
 
 @pytest.mark.parametrize("trainer", ["cpu", "gpu", "ddp", "slurm"])

@@ -9,7 +9,7 @@ from torch.nn import functional as F
 from tests.tools.doctor.test_model_probes import SMALL, stock
 from tools.doctor.engine import examine
 
-INNER = ["+model.interctc.loss_weights=[0.3]", "+model.interctc.apply_at_layers=[1]"]
+INNER = ["++model.interctc.loss_weights=[0.3]", "++model.interctc.apply_at_layers=[1]"]
 
 
 def recipe(name, *overrides):

@@ -3,7 +3,7 @@
 from tests.tools.doctor.faults import Healthy
 from tests.tools.doctor.setups import tones
 
-SWITCHES = ("+model.interctc.loss_weights=[0.3]", "+model.interctc.apply_at_layers=[0]")
+SWITCHES = ("++model.interctc.loss_weights=[0.3]", "++model.interctc.apply_at_layers=[0]")
 
 
 def make(folder):
