@@ -32,6 +32,9 @@ OmegaConf.register_new_resolver("len", lambda items: len(items), replace=True)
 OmegaConf.register_new_resolver("middle_block", lambda blocks: max(blocks // 2 - 1, 0), replace=True)  # from 0
 
 
+WAVEFORM = ("room_probability", "noise_probability")  # of model.noise_and_rooms
+
+
 class ConfigError(ValueError):
     """A configuration that cannot train. The message is one line."""
 
@@ -141,6 +144,8 @@ def check(cfg: DictConfig) -> None:
          f"{trainer.max_steps}, and an integer trainer.val_check_interval"),
         (shards and train.get("cache_features"),
          "model.train_ds.cache_features=true keeps a whole corpus in memory; set it to false with shards"),
+        (train.get("cache_features") and any((cfg.model.get("noise_and_rooms") or {}).get(key, 0) for key in WAVEFORM),
+         "model.noise_and_rooms works on waveforms; set model.train_ds.cache_features=false"),
         (shards and isinstance(train.get("shard_seed"), int) and (many or train.num_workers > 1),
          f"model.train_ds.shard_seed={train.get('shard_seed')} makes every device and worker read the same stream of "
          "shards; set model.train_ds.shard_seed=randomized"),
@@ -200,7 +205,7 @@ def check_against_code(cfg: DictConfig) -> None:
     if cfg.model.train_ds.get("use_lhotse"):
         ours = {"use_lhotse", "cache_features"}
         compare("model.train_ds", cfg.model.train_ds, {*LhotseDataLoadingConfig.__dataclass_fields__, *ours})
-    for section in ("preprocessor", "spec_augment", "encoder", "decoder"):
+    for section in ("preprocessor", "spec_augment", "noise_and_rooms", "encoder", "decoder"):
         node = cfg.model.get(section)
         if node is None or "_target_" not in node:
             continue

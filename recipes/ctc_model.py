@@ -19,6 +19,7 @@ from functools import partial
 
 import sentencepiece
 import torch
+from hydra.utils import instantiate
 from nemo.collections.asr.models import EncDecCTCModel, EncDecCTCModelBPE
 from nemo.core.classes.mixins import AccessMixin
 from omegaconf import DictConfig, OmegaConf, open_dict
@@ -65,6 +66,8 @@ class _RecipeModel:
                     cfg[key].defer_setup = True
         super().__init__(cfg=cfg, trainer=trainer)
         self._use_our_loss()
+        noise = cfg.get("noise_and_rooms")
+        self.noise_and_rooms = instantiate(noise) if noise else None
         self.step_stats = StepStats()
         self.infeasible_seen: set[str] = set()
         self._bad_in_a_row = 0
@@ -133,7 +136,8 @@ class _RecipeModel:
             features_BDT, feature_lengths = signals, signal_lengths
             signals_a_second = 1 / self._cfg.preprocessor.window_stride
         else:
-            features_BDT, feature_lengths = self.preprocessor(input_signal=signals, length=signal_lengths)
+            audio_BT = self.noise_and_rooms(signals, signal_lengths) if self.noise_and_rooms else signals
+            features_BDT, feature_lengths = self.preprocessor(input_signal=audio_BT, length=signal_lengths)
             signals_a_second = self.preprocessor._sample_rate
         if tempo := self._cfg.get("tempo", 0.0):
             features_BDT, feature_lengths = change_tempo(features_BDT, feature_lengths, tempo)

@@ -34,6 +34,12 @@ def test_every_recipe_composes_with_every_corpus_and_size(recipe, corpus, size, 
     assert cfg.model.optim.lr > 0
 
 
+def test_noise_and_rooms_are_for_waveforms(manifests):
+    compose("deepspeech2", ["model.train_ds.cache_features=false", "model.noise_and_rooms.room_probability=0.5",
+                            *manifests])
+    compose("deepspeech2", ["model.noise_and_rooms=null", *manifests])
+
+
 @pytest.mark.parametrize("blocks, middle", [(1, 0), (2, 0), (4, 1), (6, 2), (17, 7)])
 def test_the_intermediate_loss_is_half_way_up_whatever_the_number_of_blocks(blocks, middle, manifests):
     cfg = compose("conformer", [f"model.encoder.n_layers={blocks}", *manifests])
@@ -71,6 +77,7 @@ def test_every_trainer_logger_and_debug_option_composes(trainer, logger, debug, 
         ("deepspeech2", ["training.global_batch_seconds=0"], ["training.global_batch_seconds=0"]),
         ("deepspeech2", ["model.optim.lr=0"], ["model.optim.lr=0"]),
         ("deepspeech2", ["model.optim.lr=???"], ["missing mandatory value: model.optim.lr"]),
+        ("deepspeech2", ["model.noise_and_rooms.noise_probability=0.5"], ["model.train_ds.cache_features=false"]),
         ("conformer", ["model.tempo=1.1"], ["model.tempo=1.1"]),
         ("conformer_bpe", ["model.tokenizer.dir=x", "model.bpe_dropout=1"], ["model.bpe_dropout=1"]),
         ("conformer_bpe", [], ["missing mandatory value: model.tokenizer.dir"]),
