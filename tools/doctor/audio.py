@@ -109,7 +109,7 @@ def same_audio(rows: list[dict], others: list[dict] | None = None) -> list[tuple
     groups: dict[tuple, list[dict]] = defaultdict(list)
     for row in rows:
         groups[row["text"], round(row["duration"], 2)].append(row)
-    pairs = []
+    pairs, digests = [], {}
     if others is None:
         candidates = [(members[0], member) for members in groups.values() for member in members[1:]]
     else:
@@ -120,15 +120,28 @@ def same_audio(rows: list[dict], others: list[dict] | None = None) -> list[tuple
         if paths[0] == paths[1] or first.get("offset") or second.get("offset"):
             continue
         try:
-            if _size(first) == _size(second) and _digest(first) == _digest(second):
+            if _same_bytes(first, second, digests):
                 pairs.append((first, second))
         except (OSError, ShardError):
             continue  # missing audio is told elsewhere
     return pairs
 
 
-def _size(row: dict) -> int:
-    return row["tar_bytes"] if is_sharded(row) else os.path.getsize(row["audio_filepath"])
+def _same_bytes(first: dict, second: dict, digests: dict[str, bytes]) -> bool:
+    """Whether two rows' files hold the same; what was read is kept in `digests`, links are not read."""
+    if not is_sharded(first) and not is_sharded(second):
+        one, two = (os.stat(row["audio_filepath"]) for row in (first, second))
+        if os.path.samestat(one, two):
+            return True
+        sizes = one.st_size, two.st_size
+    else:
+        sizes = tuple(row["tar_bytes"] if is_sharded(row) else os.path.getsize(row["audio_filepath"])
+                      for row in (first, second))
+    if sizes[0] != sizes[1]:
+        return False
+    if first["_at"] not in digests:
+        digests[first["_at"]] = _digest(first)
+    return digests[first["_at"]] == _digest(second)
 
 
 def _digest(row: dict) -> bytes:

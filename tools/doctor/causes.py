@@ -20,6 +20,7 @@ EFFECTS: dict[str, tuple[str, ...]] = {
     "not-log-probs": ("loss-wrong", "vanishes", "explodes", "train-eval-differ"),
     "output-constant": (
         "not-log-probs", "vanishes", "no-gradient", "time-scrambled", "padding-leak", "train-eval-differ",
+        "loss-wrong",
     ),
     "time-scrambled": ("padding-leak", "norm-padding"),
     "length-mismatch": ("data-target-too-long", "loss-wrong", "length-ignored", "padding-leak"),

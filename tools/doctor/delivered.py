@@ -73,7 +73,7 @@ class Delivered:
                  for batch in self.batches]
         count = sum(map(len, known))
         if count < 0.5 * self.rows:
-            found = self._another_numbering()
+            found = self._more_than_the_text() or self._another_numbering()
             if found is None:
                 raise NotExamined(f"the texts of {self.rows - count} of {self.rows} rows stand in no manifest")
             return [found]
@@ -152,13 +152,43 @@ class Delivered:
             ["leave out utterances that are too long (model.train_ds.max_duration) instead of cutting their audio",
              "batches of one shape: pad, or bucket by duration"], 0.93, where="the training loader")
 
+    def _texts_near(self, seconds: float) -> set[str]:
+        """Texts of the manifest whose audio lasts about so long."""
+        return {text.lower() for key in range(round(seconds * 100) - 1, round(seconds * 100) + 2)
+                for text in self._by_duration.get(key, ())}
+
+    def _more_than_the_text(self) -> Finding | None:
+        """A finding where the rows hold the manifest's texts with the same labels before or behind each."""
+        around: Counter = Counter()
+        example = {}
+        for seconds, said in (row for batch in self.batches for row in batch):
+            for text in self._texts_near(seconds):
+                at = said.lower().find(text) if text and len(text) < len(said) <= len(text) + 6 else -1
+                if at >= 0:
+                    frame = said[:at], said[at + len(text):]
+                    around[frame] += 1
+                    example.setdefault(frame, (text, said))
+                    break
+        (before, behind), count = around.most_common(1)[0] if around else (("", ""), 0)
+        if count < max(0.7 * self.rows, 8):
+            return None
+        text, said = example[before, behind]
+        return Finding(
+            "data-mismatched-text", "warning",
+            f"The loader's targets are more than the texts: {said[:60]!r} for {text[:60]!r}, in {count} of "
+            f"{self.rows} rows.",
+            "Marks for the start and the end of a text belong to attention and transducers. CTC has none: here they "
+            "are labels like others, which the model learns to write around every text.",
+            {"rows": count, "of": self.rows, "before each text": before, "behind each text": behind},
+            ["bos_id and eos_id of the data set: None", "add_bos=False, add_eos=False for a tokenizer"], 0.95,
+            where="the training loader")
+
     def _another_numbering(self) -> Finding | None:
         """A finding where the texts are those of the manifest with letters that stand for other letters."""
         pairs: Counter = Counter()
         example, rows = None, 0
         for seconds, text in (row for batch in self.batches for row in batch):
-            near = {other.lower() for key in range(round(seconds * 100) - 1, round(seconds * 100) + 2)
-                    for other in self._by_duration.get(key, ()) if len(other) == len(text)}
+            near = {other for other in self._texts_near(seconds) if len(other) == len(text)}
             if len(near) == 1:
                 other = near.pop()
                 pairs.update(zip(text, other))

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from itertools import combinations
+from statistics import median
+
 import torch
 
 from tools.doctor.finding import Finding, Plot
@@ -9,6 +12,8 @@ from tools.doctor.locality import order
 from tools.doctor.probe import relative, untouched
 from tools.doctor.registry import NotExamined, check
 
+STRETCHES = 10  # of an utterance, changed one after the other
+OFF = 1.12  # frames made by frames counted, from which on they are not of one hop
 CONSTANT = 1e-3  # standard deviation over time under which a mel bin says nothing
 
 
@@ -236,3 +241,67 @@ def augmentation_leaves_speech(subject):
             plots=[Plot("Share masked", "share of an utterance", "share of draws below",
                         {"draws": (shares, [(i + 1) / len(shares) for i in range(len(shares))])})],
         )
+
+
+@check("features", faults=("length-mismatch",), needs=("model",))
+def features_follow_the_audio(subject):
+    """Feature frames are those of the whole audio, as many as the front end says."""
+    probe = subject.probe
+    with untouched(probe.model), torch.no_grad():
+        traced = [_places(probe, item, seed) for seed, item in enumerate(probe.items())]
+    rise, unheard = (median(values) for values in list(zip(*traced))[:2])
+    if unheard > 0.4 or not 0.4 < rise < 2.5:
+        return  # out of order: that is time-scrambled, and told there
+    if 1 / OFF < rise < OFF and not unheard:
+        return
+    frames, seconds, places = traced[0][2]
+    lost = max(1 - 1 / rise if rise > OFF else 0.0, unheard)
+    yield Finding(
+        "length-mismatch",
+        "prevents" if max(lost, 1 - rise) > 0.1 else "warning",
+        f"About {lost:.0%} of each utterance leaves no trace in its features." if 1 / OFF < rise < OFF else
+        f"The front end says {frames} frames for audio of {seconds:.2f} s, whose features take {frames * rise:.0f}: "
+        + (f"{lost:.0%} of each utterance is not heard." if lost else "the rest is no speech."),
+        "Frames are counted by another hop, window or sampling rate than they are made by. The encoder, the loss and "
+        "decoding go by the count.",
+        {"frames made, by frames counted": round(rise, 3), "not heard": round(lost, 3),
+         "where tenths of the audio come out, of the returned length": [round(place, 3) for place in places]},
+        ["count frames as they are made: samples // hop + 1 with the hop of the spectrogram (NeMo's "
+         "FilterbankFeatures.get_seq_len)"],
+        0.9,
+        where="preprocessor",
+        plots=[Plot("Where the audio comes out", "time in the audio / all", "feature frame / returned length",
+                    {"seen": ([(s + 0.5) / STRETCHES for s in range(STRETCHES)], places),
+                     "right": ([0.0, 1.0], [0.0, 1.0])})],
+    )
+
+
+def _places(probe, item, seed: int):
+    """Changes one stretch of an utterance after the other, and looks where its features change.
+
+    Returns (slope of the place in the features, by the returned length, over that in the audio; share of stretches
+    that do not show where they should by it; (frames returned, seconds, the places)).
+    """
+    still, lengths = _features(probe, [item])
+    frames, count = int(lengths[0]), len(item.audio)
+    if frames < 40 or not bool(torch.isfinite(still).all()):
+        raise NotExamined(f"{frames} frames of features, or features that are not finite")
+    audio, size = probe.audio_batch([item])
+    noise = torch.randn(audio.shape, generator=torch.Generator().manual_seed(seed)).to(audio) * audio.std()
+    places = []
+    for s in range(STRETCHES):
+        begin, end = s * count // STRETCHES, (s + 1) * count // STRETCHES
+        changed = audio.clone()
+        changed[:, begin:end] = noise[:, begin:end]
+        x, _ = probe.model.preprocessor(input_signal=changed, length=size)
+        if x.shape != still.shape:
+            raise NotExamined("the front end gives other frames for other audio of the same length")
+        change = (x.float() - still)[0].square().mean(dim=0).sqrt()
+        # Normalisation moves all frames, those of the stretch the most.
+        most = change.topk(min(max(frames // (2 * STRETCHES), 3), len(change))).indices
+        places.append(float(most.double().median()) / frames)
+    # A line through most of them, whatever the others do.
+    rise = median(STRETCHES * (places[b] - places[a]) / (b - a) for a, b in combinations(range(STRETCHES), 2))
+    off = [place - rise * (s + 0.5) / STRETCHES for s, place in enumerate(places)]
+    lost = sum(abs(value - median(off)) > 1 / STRETCHES for value in off) / STRETCHES
+    return rise, lost, (frames, count / probe.sample_rate, places)

@@ -8,6 +8,8 @@ from tools.doctor.finding import Finding
 from tools.doctor.loss import call_loss, run_training_step
 from tools.doctor.registry import NotExamined, check
 
+FROM_TRAINED = ("init_from", "init_from_nemo_model", "init_from_pretrained_model", "init_from_ptl_ckpt")
+
 
 def backward(probe) -> tuple[dict[str, float], str]:
     """Parameter name -> root mean square of its gradient after one training step (-1: none), and whose loss it was.
@@ -159,7 +161,7 @@ def parameter_groups(probe) -> tuple[list[dict], str] | None:
     return None
 
 
-@check("gradients", faults=("not-in-optimizer", "lr-zero"), needs=("model",))
+@check("gradients", faults=("not-in-optimizer", "lr-zero", "lr-too-low"), needs=("model",))
 def parameters_are_optimised(subject):
     """Every trainable parameter is in the optimizer, with a learning rate."""
     from tools.doctor.probe import untouched
@@ -174,6 +176,7 @@ def parameters_are_optimised(subject):
         resting = {id(p) for group in groups for p in group["params"]
                    if group.get("initial_lr", group.get("lr")) is not None
                    and float(group.get("initial_lr", group.get("lr"))) == 0.0}
+        slow = _slow_groups(subject, groups)
         trainable = {name: p for name, p in probe.model.named_parameters() if p.requires_grad}
         outside = [name for name, p in trainable.items() if id(p) not in known]
         still = [name for name, p in trainable.items() if id(p) in resting]
@@ -206,3 +209,44 @@ def parameters_are_optimised(subject):
             0.95,
             where=still[0],
         )
+    crawling = [name for name, p in trainable.items() if id(p) in slow]
+    if crawling:
+        rate, top = slow[id(trainable[crawling[0]])]
+        share = sum(trainable[name].numel() for name in crawling) / max(total, 1)
+        fine_tuned = any(subject.settings.get(key) for key in FROM_TRAINED) if subject.settings is not None else False
+        yield Finding(
+            "lr-too-low",
+            "prevents" if share > 0.1 and not fine_tuned else "warning",
+            f"{len(crawling)} of {len(trainable)} trainable parameter tensors ({share:.0%} of all values) have a group "
+            f"of their own with a learning rate of {rate:.1g}, others {top:.1g}: {', '.join(parts(crawling)[:6])}.",
+            "Groups are left over from a fine-tuning, whose encoder was to stay as it was. From scratch it stays "
+            "random.",
+            {"tensors": len(crawling), "share of values": round(share, 4), "rate": rate, "highest rate": top,
+             "groups from": source},
+            ["leave model.optim_param_groups out", "or give the group the recipe's learning rate"],
+            0.9,
+            where="model.optim_param_groups",
+        )
+
+
+def _slow_groups(subject, groups: list[dict]) -> dict[int, tuple[float, float]]:
+    """Id of each parameter whose group learns a thousand times slower than another, and at a rate at which nothing
+    moves -> (its rate, the highest of all groups), in absolute units."""
+    from tools.doctor.schedule import lr_range, plan
+
+    settings = subject.settings
+    if settings is None:
+        return {}
+    base = settings.number("model.optim.lr")
+    rates = [group.get("initial_lr", group.get("lr", base)) for group in groups]
+    if any(rate is None for rate in rates) or not rates:
+        return {}
+    rates = [float(rate) for rate in rates]
+    top = max(rates)
+    try:
+        peak = plan(subject).peak
+    except NotExamined:
+        peak = None
+    unit = peak / base if peak and base else 1.0  # Noam's schedule multiplies
+    return {id(p): (rate * unit, top * unit) for group, rate in zip(groups, rates) for p in group["params"]
+            if 0 < rate < 1e-3 * top and rate * unit < lr_range(settings)[0] / 10}

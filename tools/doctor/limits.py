@@ -213,3 +213,40 @@ def precision(subject):
         {"precision": value, "accelerator": s.get("trainer.accelerator", "-")},
         ["trainer.precision=bf16-mixed, or 32; compute the CTC loss in float32 (log_probs.float())"],
         0.9 if true or cpu else 0.6, where="trainer.precision")
+
+
+@check("limits", faults=("optimizer-betas",), needs=("config",))
+def betas(subject):
+    """Adam's averages are of lengths with which its steps are bounded."""
+    s = subject.settings
+    name = str(s.get("model.optim.name", "") or "").lower()
+    given = s.get("model.optim.betas")
+    if name not in ("adam", "adamw", "nadam", "radam", "adamax"):
+        raise NotExamined(f"the optimizer is {name or 'not named'}, not of Adam's family")
+    if given is None:
+        return
+    try:
+        first, second = (float(value) for value in given)
+    except (TypeError, ValueError):
+        raise NotExamined(f"model.optim.betas is {given}") from None
+    inside = 0 <= first < 1 and 0 <= second < 1
+    if inside and first**2 < second**0.5:
+        return
+    key = s.key("model.optim.betas")
+    turned = first > second
+    yield Finding(
+        "optimizer-betas",
+        "warning" if inside else "prevents",
+        f"{key} is [{first:g}, {second:g}]: gradients are averaged over {1 / max(1 - first, 1e-9):.0f} steps and their "
+        f"squares over {1 / max(1 - second, 1e-9):.0f}." if inside else
+        f"{key} is [{first:g}, {second:g}]; both must be from 0 to less than 1.",
+        "Adam divides the one average by the root of the other, and needs beta1^2 < sqrt(beta2) (Kingma & Ba 2015, "
+        "theorem 4.1): a few small gradients empty the short average of squares while the long one of gradients is "
+        "still full, and the step between them has no bound."
+        + (" They stand the wrong way round." if turned else "") if inside else
+        "torch refuses them, or nothing is ever averaged.",
+        {"beta1": first, "beta2": second, "beta1^2 / sqrt(beta2)": round(first**2 / max(second, 1e-12) ** 0.5, 4)},
+        [f"{key}=[{second:g},{first:g}]" if turned and second**2 < first**0.5 else f"{key}=[0.9,0.98]"],
+        0.85,
+        where=key,
+    )

@@ -12,6 +12,7 @@ from tools.doctor.registry import NotExamined, check
 from tools.doctor.tracing import describe, differs, first_difference, trace
 
 NORMALISED = 0.02  # nats by which the log of the sum of probabilities may miss 0
+PREFERRED = 5.0  # nats between a label and the blank that no weight asks for
 CONFIDENT = 0.6  # probability that a frame must reach when the last layer's weights are large
 
 
@@ -65,7 +66,21 @@ def outputs_are_log_probs(subject):
         if off[2] > NORMALISED:
             yield from _not_normalised(probe, x, lengths, out, off)
             return
-        sharpest = _sharpest(probe, x, lengths)
+        sharpest, off_sharp = _sharpest(probe, x, lengths)
+    if off_sharp > NORMALISED:
+        yield Finding(
+            "not-log-probs",
+            "prevents",
+            f"With large weights in the last layer the log of the sum over the labels is {off_sharp:.2f}, not 0: as a "
+            "model gets sure of itself, its outputs stop being log-probabilities.",
+            "They are changed after log_softmax: clamped from below, say, against infinities. What lies at the bound "
+            "has no gradient, and CTC counts more than there is.",
+            {"log of the sum over labels": off[2], "with large weights": off_sharp},
+            ["return log_softmax(scores, dim=-1) as it is: CTC's losses take -100 as well as -5"],
+            0.95,
+            where="decoder",
+        )
+        return
     if sharpest is not None and sharpest < CONFIDENT:
         yield Finding(
             "not-log-probs",
@@ -136,11 +151,12 @@ def _loss_minds(probe, x, lengths, out) -> bool:
     return abs(float(raw) - float(normalised)) > 1e-3 * max(abs(float(normalised)), 1.0)
 
 
-def _sharpest(probe, x, lengths) -> float | None:
-    """Largest probability, on half of the frames at least, when the last layer's weights are far larger than theirs."""
+def _sharpest(probe, x, lengths) -> tuple[float | None, float]:
+    """With a last layer whose weights are far larger: the largest probability, on half of the frames at least, and
+    how far the log of the sum over labels is from 0. (None, 0) where that cannot be told."""
     weights = list(probe.model.decoder.parameters())
     if not weights:
-        return None
+        return None, 0.0
     width = len(probe.vocabulary) + 1
     # A bias over the labels makes scores differ even where the input has died away before this layer.
     generator = torch.Generator().manual_seed(1)
@@ -151,8 +167,42 @@ def _sharpest(probe, x, lengths) -> float | None:
             p.mul_(200)
     out, _ = probe.forward(x, lengths)
     if not bool(torch.isfinite(out).all()):
-        return None
-    return float(out.exp().amax(dim=2).flatten().median())
+        return None, 0.0
+    return float(out.exp().amax(dim=2).flatten().median()), float(torch.logsumexp(out.double(), 2).abs().mean())
+
+
+@check("outputs", faults=("blank-index",), needs=("model",))
+def no_label_is_preferred(subject):
+    """Only weights prefer the blank or a letter: with the decoder's at 0, all are alike."""
+    probe = subject.probe
+    weights = list(probe.model.decoder.parameters())
+    width = len(probe.vocabulary) + 1
+    if not weights or width < 3:
+        raise NotExamined("the decoder has no weights or no labels")
+    with probe.ready(), torch.no_grad():
+        for p in weights:
+            p.zero_()
+        out, _ = probe.forward(*probe.features())
+    if out.dim() != 3 or out.shape[2] != width or bool(torch.isnan(out).any()):
+        raise NotExamined("outputs with a decoder of 0 say nothing")
+    level = out.double().flatten(0, 1).mean(dim=0)
+    lead = float(level[-1] - level[:-1].median())
+    if abs(lead) < PREFERRED:
+        return
+    yield Finding(
+        "blank-index",
+        "prevents",
+        f"With the decoder's weights at 0 the blank is {'less' if lead < 0 else 'more'} likely than a label by a "
+        f"factor of e^{abs(lead):.3g}: the code itself {'suppresses' if lead < 0 else 'prefers'} it.",
+        "CTC needs blanks between equal letters and while nothing is said: without them no path fits, or letters have "
+        "to stand in for them. That a young model writes blanks only is no fault; it is how each run begins."
+        if lead < 0 else "Blanks swallow the gradient of all labels.",
+        {"log-prob of the blank": float(level[-1]), "of a label, median": float(level[:-1].median())},
+        ["leave the scores as the last layer gives them; a penalty on blanks belongs into decoding, where it may be "
+         "tuned"],
+        0.95,
+        where="decoder",
+    )
 
 
 @check("outputs", faults=("batch-leak",), needs=("model",))

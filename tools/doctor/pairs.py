@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import os
 import re
+from collections import Counter
 
 import numpy as np
 
@@ -19,6 +20,8 @@ from tools.doctor.registry import NotExamined, check
 
 FEWEST = 20  # pairs, fewer say nothing
 UNRELATED = 0.35  # correlation of log duration and log length under which pairs do not belong together
+SPELT = 2.0  # times as long or short are the words of validation, where they are spelt by other rules
+EXPECTED = 30  # times that a character would be in validation, were it as frequent as in train
 LOOSE = 0.65  # under which some of them may not
 RATES = 0.16  # spread of log speaking rates between utterances; as in 8 h of LibriSpeech
 BLOCK = 60  # neighbouring lines looked at together
@@ -293,3 +296,37 @@ def _worst_block(residual: np.ndarray, random_pairs: np.ndarray) -> tuple[int, i
         return None
     first, last = max(runs, key=lambda run: run[1] - run[0])
     return (first * BLOCK, min(last * BLOCK, len(residual)) - 1) if last - first >= 2 else None
+
+
+@check("pairs", needs=("manifests",))  # what it finds is one kind only of what can be wrong with an error rate
+def validation_is_spelt_as_train(subject):
+    """Texts of validation are spelt by the rules of those of train."""
+    train = [row["text"] for row in subject.rows.get("train", [])]
+    held = [row["text"] for row in subject.rows.get("validation", [])]
+    if min(len(train), len(held)) < 10:
+        raise NotExamined("too few texts of train or of validation")
+    counts = [Counter("".join(texts)) for texts in (train, held)]
+    words = [sum(len(word) for text in texts for word in text.split()) / max(sum(len(t.split()) for t in texts), 1)
+             for texts in (train, held)]
+    totals = [max(sum(count.values()), 1) for count in counts]
+    known = set(subject.labels or ()) or None  # what cannot be spelt at all is told elsewhere
+    missing = [char for a, b in ((0, 1), (1, 0)) for char, number in counts[a].items()
+               if not counts[b][char] and not counts[b][char.swapcase()] and number * totals[b] > EXPECTED * totals[a]
+               and (known is None or char in known)]
+    ratio = max(words) / max(min(words), 1e-9)
+    if not missing and ratio < SPELT:
+        return
+    yield Finding(
+        "metric-normalisation",
+        "warning",
+        f"Texts of validation are spelt otherwise than those of train: words have {words[1]:.1f} letters on average, "
+        f"in train {words[0]:.1f}"
+        + (f"; only in one of them is {', '.join(map(repr, missing[:6]))}." if missing else "."),
+        "They were written by other rules (letters apart, no spaces, another spelling of apostrophes or hyphens). The "
+        "model learns one and is measured by the other: the error rate says little, and the wrong checkpoint is kept.",
+        {"letters a word": [round(value, 2) for value in words], "only in one of them": missing,
+         "for instance": held[0][:80]},
+        ["pass all manifests through one function (manifests.text.normalize), from their own transcripts"],
+        0.85 if ratio >= SPELT else 0.6,
+        where=next(iter(subject.manifests.get("validation", [])), ""),
+    )

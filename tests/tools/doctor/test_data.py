@@ -136,6 +136,13 @@ def test_the_same_audio_twice_by_name_and_by_bytes(audio, tmp_path):
     assert ids(tmp_path, rows).ids == ["data-duplicates"]
 
 
+def test_audio_under_another_name_by_a_link_is_the_same_audio(audio, tmp_path):
+    link = tmp_path / "other.wav"
+    link.symlink_to(audio[0]["audio_filepath"])
+    report = ids(tmp_path, [*audio, {**audio[0], "audio_filepath": str(link), "utterance": "other"}])
+    assert report.ids == ["data-duplicates"] and report.findings[0].evidence["utterances"] == 1
+
+
 def test_leakage_by_path_by_bytes_and_by_manifest(audio, tmp_path):
     half = audio[:30]
     test = manifest(tmp_path, audio[25:], "test.json")
@@ -215,6 +222,21 @@ def test_utterances_cut_to_about_one_length_are_no_mismatch():
     mixed = [{**row, "text": text} for row, text in zip(rows, texts[1:] + texts[:1])]
     [found] = pairs.lengths_go_together(SimpleNamespace(rows={"train": mixed}))
     assert found.id == "data-mismatched-text"
+
+
+@pytest.mark.parametrize("rule, missing", [
+    (lambda text: " ".join(text.replace(" ", "")), []),  # letters apart
+    (lambda text: text.replace(" ", ""), [" "]),
+    (lambda text: text.replace("'", ""), ["'"]),
+    (lambda text: text, None),
+])
+def test_validation_that_is_spelt_by_other_rules(rule, missing):
+    texts = [f"{text(i)} isn't that {text(i + 5)}" for i in range(60)]
+    found = list(pairs.validation_is_spelt_as_train(SimpleNamespace(
+        labels=None, manifests={"validation": ["dev.json"]},
+        rows={"train": [{"text": t} for t in texts], "validation": [{"text": rule(t)} for t in texts[::-1]]})))
+    assert [(f.id, f.weight) for f in found] == [("metric-normalisation", "warning")] * (missing is not None)
+    assert missing is None or found[0].evidence["only in one of them"] == missing
 
 
 def test_a_manifest_that_is_not_there_cannot_be_examined(tmp_path):

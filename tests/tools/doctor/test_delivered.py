@@ -73,3 +73,16 @@ def test_texts_that_stand_nowhere_are_not_judged(tmp_path, rows):
         delivered(tmp_path, rows, lambda s, t: (s, ["something else altogether"] * 8)).judge()
     with pytest.raises(NotExamined, match="16 are needed"):
         Delivered([str(tmp_path / "train.json")], RATE).judge()
+
+
+def test_marks_around_every_text(tmp_path, rows):
+    [found] = delivered(tmp_path, rows, lambda s, t: (s, ["b" + text + "?" for text in t])).judge()
+    assert (found.id, found.weight) == ("data-mismatched-text", "warning")
+    assert (found.evidence["before each text"], found.evidence["behind each text"]) == ("b", "?")
+    assert found.evidence["rows"] == 48
+
+
+def test_targets_that_differ_from_row_to_row_are_no_marks(tmp_path, rows):
+    seen = delivered(tmp_path, rows, lambda s, t: (s, [chr(97 + k) + text for k, text in enumerate(t)]))
+    with pytest.raises(NotExamined):
+        seen.judge()

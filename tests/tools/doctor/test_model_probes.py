@@ -205,8 +205,21 @@ def fading(model):
             module.weight.mul_(1e-4)
 
 
+def only_padding(y, n):
+    """(B, D, T), to each frame the mean over what the mask leaves: padding, or all where there is none."""
+    padding = torch.arange(y.shape[2], device=y.device)[None] >= n[:, None]
+    weight = (padding + 1e-6)[:, None].to(y)
+    wave = torch.cos(torch.arange(y.shape[2]) / 3.0)
+    return y + 3 * (wave * weight).sum(2, keepdim=True) / weight.sum(2, keepdim=True)
+
+
 def own_norm(self, x, n):
     return self.inner(audio_signal=(x - x.mean(2, keepdim=True)) / (x.std(2, keepdim=True) + 1e-5), length=n)
+
+
+def encoder_at_another_rate(model):
+    groups = [{"params": list(model.encoder.parameters()), "lr": 1e-8}, {"params": list(model.decoder.parameters())}]
+    model._optimizer = torch.optim.AdamW(groups, lr=1e-3)
 
 
 def half_turned(self, x, n):
@@ -233,6 +246,15 @@ FAULTS = {
     "raw scores": ("not-log-probs", decoder(lambda s: s)),
     "probabilities": ("not-log-probs", decoder(lambda s: s.softmax(-1))),
     "softmax twice": ("not-log-probs", decoder(lambda s: s.softmax(-1).log_softmax(-1))),
+    "clamped": ("not-log-probs", decoder(lambda s: s.log_softmax(-1).clamp(min=-5))),
+    "a blank that is held down": ("blank-index", decoder(
+        lambda s: torch.cat([s[..., :-1], s[..., -1:] - 30], dim=-1).log_softmax(-1))),
+    "front end that counts a longer hop": ("length-mismatch", with_features(lambda x, n: (x, n * 4 // 5))),
+    "front end that masks the end": ("length-mismatch", with_features(
+        lambda x, n: (x * (torch.arange(x.shape[2]) < 0.8 * x.shape[2]), n))),
+    "encoder at a rate of its own": ("lr-too-low", edited(encoder_at_another_rate)),
+    "a mask upside down": ("padding-leak", lambda: around(
+        lambda self, x, n: (lambda y, m: (only_padding(y, m), m))(*self.inner(audio_signal=x, length=n)))),
     "softmax over time": ("softmax-axis", decoder(lambda s: s.log_softmax(1))),
     "softmax over the batch": ("softmax-axis", decoder(lambda s: s.log_softmax(0))),
     "constant": ("output-constant", after(lambda y, n: (y * 0, n))),

@@ -69,6 +69,8 @@ COSINE = {"model__optim__sched__name": "CosineAnnealing"}
     ("dropout-range", "warning", {"model__encoder__dropout_att": 0.6}),
     ("weight-decay-range", "prevents", {"model__optim__weight_decay": 2.0}),
     ("weight-decay-range", "prevents", {"model__optim__weight_decay": 0.2, "model__optim__name": "adam"}),
+    ("optimizer-betas", "warning", {"model__optim__betas": [0.98, 0.9]}),
+    ("optimizer-betas", "prevents", {"model__optim__betas": [0.9, 1.0]}),
     ("precision-overflow", "prevents", {"trainer__precision": "16-true"}),
     ("precision-overflow", "warning", {"trainer__precision": "16-mixed"}),
 ])
@@ -79,6 +81,12 @@ def test_faults_of_a_configuration(fault, weight, changes, tmp_path):
     report, found = first(**changes)
     assert found is not None and (found.id, found.weight) == (fault, weight), report.ids
     assert found.fix and found.where
+
+
+@pytest.mark.parametrize("name, betas", [("adamw", [0.9, 0.98]), ("adam", [0.9, 0.999]), ("novograd", [0.8, 0.25])])
+def test_betas_of_published_recipes_are_no_fault(name, betas):
+    report, _ = first(model__optim__name=name, model__optim__betas=betas, **COSINE)
+    assert "optimizer-betas" not in report.ids
 
 
 def test_steps_follow_from_epochs_manifest_and_batch(tmp_path):

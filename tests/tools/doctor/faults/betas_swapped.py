@@ -8,4 +8,4 @@ def make(folder):
     return written(folder, optim=models.optim(betas=[0.98, 0.9]))
 
 
-FAULT = Fault("betas_swapped", ("lr-too-high",), "before", make)
+FAULT = Fault("betas_swapped", ("optimizer-betas",), "before", make)

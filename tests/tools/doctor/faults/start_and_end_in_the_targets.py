@@ -1,4 +1,4 @@
-"""A data set with `bos_id` and `eos_id`, as attention wants it: every target begins and ends with a label of its own."""
+"""A data set with `bos_id` and `eos_id`, as attention wants it: every target begins and ends with a mark."""
 
 from nemo.collections.asr.models import EncDecCTCModel
 
@@ -13,5 +13,5 @@ class Model(EncDecCTCModel):
         return loader
 
 
-FAULT = Fault("start_and_end_in_the_targets", ("label-order", "loss-wrong"), "before",
+FAULT = Fault("start_and_end_in_the_targets", ("data-mismatched-text", "label-order"), "before",
               lambda folder: live(folder, cls=Model))
