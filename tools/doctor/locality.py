@@ -106,6 +106,8 @@ def time_is_kept(subject):
         {"correlation": round(together, 3),
          "on made-up features, by their frames": {size: round(value, 3) for size, value in longer.items()}},
         ["undo the flip: x.flip(time_axis) before and after, each within its length"] if flipped else
+        ["x = x + attention(norm(x)): attention that is not added to what went into it averages all frames",
+         "no pooling over time before the decoder; positions in what attention gets"] if blurred else
         ["x.transpose(1, 2) in place of x.view(B, T, D) or x.reshape(B, T, D); check a (B, C, T, F) tensor before it "
          "is "
          "flattened: permute to (B, T, C, F) first"],

@@ -29,6 +29,8 @@ ELSEWHERE = {
     "leaked_copies": "24 test utterances are trained on: the test says nothing",
     "doubled_manifest": "an epoch has twice the steps that its schedule was made for",
     "wer_averaged_over_batches": "the WER shown is not that of the corpus",
+    "dev_in_single_letters": "the dev texts are not spelt as the model's",
+    "encoder_group_of_another_rate": "here all parameters learn at one rate",
     "slow_disk": "the processor waits",
     "after_cut_off": "nothing was learned yet",
 }
@@ -85,7 +87,7 @@ def train_as_written(config, rows):
     if optim.name == "sgd":
         optimizer = torch.optim.SGD(trained, lr=lr, momentum=0.9)
     else:
-        optimizer = torch.optim.AdamW(trained, lr=lr, betas=(0.9, 0.98), weight_decay=decay)
+        optimizer = torch.optim.AdamW(trained, lr=lr, betas=tuple(optim.get("betas", (0.9, 0.98))), weight_decay=decay)
     steps = min(STEPS, int(config.trainer.max_steps))
     schedule = None if recipe else factor(config)
     losses = learning.learn(model, rows, steps, optimizer=optimizer, schedule=schedule,
