@@ -1,6 +1,7 @@
 """The histories: each is complete, composes and builds in both versions; one is run from end to end on real speech."""
 
 import csv
+import json
 import math
 from dataclasses import replace
 
@@ -130,6 +131,14 @@ def test_a_run_from_end_to_end(speech, tmp_path, monkeypatch):
     assert list(rows[0]) == COLUMNS and rows[-1]["step"] == "3"
     assert (out / "curves.png").read_bytes().startswith(b"\x89PNG")
     assert str(tmp_path) not in page
+
+    seen = json.loads((out / "broken" / "seen.json").read_text())
+    seen["doctor"] |= {"before": {"verdict": "", "findings": []}, "during": {"verdict": "as it was", "findings": []}}
+    (out / "broken" / "seen.json").write_text(json.dumps(seen))
+    assert main([*arguments, "--seconds", "3", "--again"]) == 0
+    again = json.loads((out / "broken" / "seen.json").read_text())["doctor"]
+    assert list(again) == ["before", "during", "after"] and again["before"]["verdict"]
+    assert again["during"] == seen["doctor"]["during"]
 
 
 def test_nan_goes_through_zero_infinity_and_clipping_into_every_parameter(speech, tmp_path):

@@ -30,6 +30,8 @@ def main(arguments: list[str] | None = None) -> int:
     run.add_argument("--steps", type=int, help="in place of the history's own number")
     run.add_argument("--fixed", action="store_true", help="train the repaired version too")
     run.add_argument("--seconds", type=float, default=40.0, help="of the doctor, before and after each run")
+    run.add_argument("--again", action="store_true",
+                     help="ask the doctor anew, before and after, of broken versions that are complete")
     options = parser.parse_args(arguments)
     try:
         if options.command == "list":
@@ -58,7 +60,7 @@ def _run(options) -> int:
     set_threads()
     quiet_imports()
     from tools.histories import page
-    from tools.histories.training import known, train
+    from tools.histories.training import ask_again, known, train
 
     for history in chosen:
         out = Path(options.out).absolute() / history.name
@@ -73,6 +75,8 @@ def _run(options) -> int:
             seen[version] = known(history, version, manifests, folder, options.steps)
             if seen[version] is None:
                 seen[version] = train(history, version, manifests, folder, options.steps, options.seconds)
+            elif options.again and version == "broken":
+                seen[version] = ask_again(manifests, folder, seen[version], options.seconds)
             for stage, told in seen[version]["doctor"].items():
                 print(f"   doctor {stage}: {told['verdict']}", flush=True)
             print(f"   {page.write(history, seen, out, shlex.join(command))}", flush=True)

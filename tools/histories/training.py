@@ -8,6 +8,7 @@ import logging
 from pathlib import Path
 
 from recipes import allow_targets
+from recipes.config import ConfigError
 from recipes.quiet import quiet_nemo
 from tools.histories.history import History, configuration
 
@@ -90,6 +91,29 @@ def train(history: History, version: str, manifests, folder: Path, steps: int | 
     }
     (folder / "seen.json").write_text(json.dumps(_plain(seen), indent=1) + "\n")
     return json.loads((folder / "seen.json").read_text())
+
+
+def ask_again(manifests, folder: Path, seen: dict, seconds: float = 40.0) -> dict:
+    """`seen` of a broken run that is there, with what the doctor says of it now, before and after it.
+
+    What it said during the run stays, as nothing is trained. Raises ConfigError where the run's config.yaml is gone.
+    """
+    from omegaconf import OmegaConf
+
+    from tools.doctor import examine
+
+    path = Path(folder) / "config.yaml"
+    if not path.is_file():
+        raise ConfigError(f"{path}: no such file; leave --again out to train it anew")
+    quiet_nemo()
+    allow_targets(PREFIX)
+    given = {"train": [str(manifests[0])], "validation": [str(manifests[1])]}
+    now = {"before": examine(config=OmegaConf.load(path), manifests=given, seconds=seconds),
+           "after": examine(run=folder, seconds=seconds)}
+    told = {stage: _told(now[stage]) if stage in now else earlier for stage, earlier in seen["doctor"].items()}
+    seen = _plain({**seen, "doctor": told})
+    (Path(folder) / "seen.json").write_text(json.dumps(seen, indent=1) + "\n")
+    return seen
 
 
 def asked(history: History, version: str, manifests, steps: int | None) -> dict:
