@@ -160,8 +160,8 @@ def check(cfg: DictConfig) -> None:
         (not cfg.training.global_batch_seconds > 0,
          f"training.global_batch_seconds={cfg.training.global_batch_seconds} must be positive"),
         (not cfg.model.optim.lr > 0, f"model.optim.lr={cfg.model.optim.lr} must be positive: nothing would be learned"),
-        (not 0 <= cfg.model.get("tempo", 0) < 0.5, f"model.tempo={cfg.model.get('tempo')} must be from 0 to below 0.5"),
-        (not 0 <= cfg.model.get("bpe_dropout", 0) < 1,
+        (not 0 <= (cfg.model.get("tempo") or 0) < 0.5, f"model.tempo={cfg.model.get('tempo')} must be from 0 to below 0.5"),
+        (not 0 <= (cfg.model.get("bpe_dropout") or 0) < 1,
          f"model.bpe_dropout={cfg.model.get('bpe_dropout')} must be from 0 to below 1: it is a share of the merges"),
         (not cfg.training.epochs > 0, f"training.epochs={cfg.training.epochs} must be positive"),
     ]

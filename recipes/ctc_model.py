@@ -14,15 +14,16 @@ from __future__ import annotations
 
 import copy
 import logging
+import os
 from dataclasses import dataclass, field
-from functools import partial
 
 import sentencepiece
 import torch
-from hydra.utils import instantiate
 from nemo.collections.asr.models import EncDecCTCModel, EncDecCTCModelBPE
+from nemo.core.classes.common import safe_instantiate
 from nemo.core.classes.mixins import AccessMixin
 from omegaconf import DictConfig, OmegaConf, open_dict
+from sentencepiece.sentencepiece_model_pb2 import ModelProto
 from torch import Tensor
 
 from recipes.augment import change_tempo, round_up_frames
@@ -67,7 +68,7 @@ class _RecipeModel:
         super().__init__(cfg=cfg, trainer=trainer)
         self._use_our_loss()
         noise = cfg.get("noise_and_rooms")
-        self.noise_and_rooms = instantiate(noise) if noise else None
+        self.noise_and_rooms = safe_instantiate(noise) if noise else None
         self.step_stats = StepStats()
         self.infeasible_seen: set[str] = set()
         self._bad_in_a_row = 0
@@ -150,7 +151,7 @@ class _RecipeModel:
             processed_signal=features_BDT, processed_signal_length=feature_lengths
         )
         loss = self.loss(log_probs, targets_BS, lengths, target_lengths)
-        infeasible, ctc_loss = self.loss.infeasible, loss.detach()
+        infeasible, ctc_loss = self.loss.infeasible, loss.detach().clone()  # NeMo mixes the other losses in in place
         if intermediate:
             loss, _ = self.add_interctc_losses(loss, targets_BS, target_lengths, compute_wer=False)
             AccessMixin.reset_registry(self)
@@ -328,10 +329,30 @@ class CTCModelBPE(_RecipeModel, EncDecCTCModelBPE):
         """With `bpe_dropout` p, each merge of the tokenizer is left out with probability p, anew for each text.
 
         Provilkov et al. 2020 (arXiv 1910.13267): words are met in smaller pieces too, as new words will have to be
-        spelled. Draws from sentencepiece's own generator, seeded from torch's seed.
+        spelled. Raises ValueError for a tokenizer that is not sentencepiece's BPE.
         """
-        dropout = self._cfg.get("bpe_dropout", 0.0)
-        if not dropout:
-            return self.text_encoder()
-        sentencepiece.set_random_generator_seed(torch.initial_seed() % 2**32)
-        return partial(self.tokenizer.text_to_ids, sample_alpha=dropout)
+        dropout = self._cfg.get("bpe_dropout") or 0.0
+        return SampledPieces(self.tokenizer, dropout, self.global_rank) if dropout else self.text_encoder()
+
+
+class SampledPieces:
+    """Text to tokens with BPE dropout; its draws differ by rank, data loading worker and epoch, and follow torch's seed."""
+
+    def __init__(self, tokenizer, dropout: float, rank: int = 0):
+        proto = ModelProto()
+        processor = getattr(tokenizer, "tokenizer", None)
+        if isinstance(processor, sentencepiece.SentencePieceProcessor):
+            proto.ParseFromString(processor.serialized_model_proto())
+        if proto.trainer_spec.model_type != proto.trainer_spec.BPE:
+            raise ValueError(
+                f"model.bpe_dropout={dropout} leaves out merges of a sentencepiece tokenizer of type BPE, which this one "
+                "is not: set model.bpe_dropout=0"
+            )
+        self.tokenizer, self.dropout, self.rank = tokenizer, dropout, rank
+        self.process: int | None = None
+
+    def __call__(self, text: str) -> list[int]:
+        if self.process != os.getpid():  # sentencepiece's generator is the process' own
+            self.process = os.getpid()
+            sentencepiece.set_random_generator_seed((torch.initial_seed() + self.rank) % 2**32)
+        return self.tokenizer.text_to_ids(text, sample_alpha=self.dropout)

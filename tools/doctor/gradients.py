@@ -213,10 +213,12 @@ def parameters_are_optimised(subject):
     if crawling:
         rate, top = slow[id(trainable[crawling[0]])]
         share = sum(trainable[name].numel() for name in crawling) / max(total, 1)
-        fine_tuned = any(subject.settings.get(key) for key in FROM_TRAINED) if subject.settings is not None else False
+        # Where there is only a model, nothing says that it does not come from a training of before.
+        whole = subject.settings is not None and bool(subject.settings.prefix)
+        from_scratch = whole and not any(subject.settings.get(key) for key in FROM_TRAINED)
         yield Finding(
             "lr-too-low",
-            "prevents" if share > 0.1 and not fine_tuned else "warning",
+            "prevents" if share > 0.1 and from_scratch else "warning",
             f"{len(crawling)} of {len(trainable)} trainable parameter tensors ({share:.0%} of all values) have a group "
             f"of their own with a learning rate of {rate:.1g}, others {top:.1g}: {', '.join(parts(crawling)[:6])}.",
             "Groups are left over from a fine-tuning, whose encoder was to stay as it was. From scratch it stays "

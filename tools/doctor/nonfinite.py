@@ -215,8 +215,8 @@ def _growth(bad: BadStep) -> float | None:
     """
     if bad.growth is None:
         return None
-    values = bad.growth[1]
-    finite = [v for v in values if math.isfinite(v) and v > 0]  # zeros are padding
+    values = [v for v in bad.growth[1] if v != 0]  # zeros are padding, at either end
+    finite = [v for v in values if math.isfinite(v) and v > 0]
     first, last = (not math.isfinite(values[k]) for k in (0, -1)) if values else (False, False)
     if len(finite) < 3 or not (first or last or all(map(math.isfinite, values))):
         return None  # it breaks elsewhere than at an end to which it would grow

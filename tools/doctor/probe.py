@@ -281,7 +281,7 @@ def own_dropouts(model: nn.Module) -> list[tuple[nn.Module, str]]:
 
 
 def without_chance(model: nn.Module, own: bool = True) -> list:
-    """Switches off dropout of every kind, spectrogram masks and dither; returns the calls that undo it.
+    """Switches off dropout of every kind, spectrogram masks, added noise and dither; returns the calls that undo it.
 
     `own` False leaves those dropouts on that are not torch's.
     """
@@ -303,11 +303,10 @@ def without_chance(model: nn.Module, own: bool = True) -> list:
             put(module, "layer_drop_probs", [0.0] * len(module.layer_drop_probs))
     for module, name in own_dropouts(model) if own else ():
         put(module, name, 0.0)
-    if getattr(model, "spec_augmentation", None) is not None:
-        masks = model._modules["spec_augmentation"] if "spec_augmentation" in model._modules else None
-        if masks is not None:
-            undo.append(lambda: model._modules.__setitem__("spec_augmentation", masks))
-            model._modules["spec_augmentation"] = None
+    for name in ("spec_augmentation", "noise_and_rooms"):  # masks; rooms and noise of our models
+        if (augmentation := model._modules.get(name)) is not None:
+            undo.append(lambda name=name, module=augmentation: model._modules.__setitem__(name, module))
+            model._modules[name] = None
     return undo
 
 

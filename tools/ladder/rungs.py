@@ -166,7 +166,9 @@ def settings(rung: Rung, cfg, seconds: float) -> dict[str, object]:
     }
     if not rung.regularised:
         changed |= {"model.spec_augment": None, "model.preprocessor.dither": 0.0}
-        changed |= {"model.tempo": 0.0, "model.consistency_weight": 0.0}
+        changed |= {"model.tempo": 0.0, "model.consistency_weight": 0.0, "model.noise_and_rooms": None}
+        if "bpe_dropout" in cfg.model:
+            changed["model.bpe_dropout"] = 0.0
         changed |= {f"model.encoder.{key}": 0.0 for key in cfg.model.encoder if str(key).startswith("dropout")}
         changed["init_from"] = None
     return changed
