@@ -4,7 +4,6 @@ import pytest
 import torch
 
 from recipes.augment import WarpedSpectrogramAugmentation, change_tempo, round_up_frames, warp_matrix
-from tests.recipes import tiny
 
 
 def test_a_factor_of_one_leaves_the_bins_and_others_read_between_two():
@@ -63,23 +62,3 @@ def test_frames_are_rounded_up_with_silence(frames, rounded):
     x = torch.randn(2, 3, frames)
     y = round_up_frames(x, 16)
     assert y.shape == (2, 3, rounded) and torch.equal(y[..., :frames], x) and not y[..., frames:].any()
-
-
-def test_bpe_dropout_spells_a_text_in_training_anew_each_time_and_never_elsewhere(tmp_path):
-    from recipes.ctc_model import CTCModelBPE
-
-    cfg = tiny.bpe_config(tmp_path)
-    cfg.bpe_dropout = 0.3
-    torch.manual_seed(7)
-    model = CTCModelBPE(cfg)
-    text, ids_to_text = "the cat sat on the mat", model.tokenizer.ids_to_text
-    usual = model.text_encoder()(text)
-    assert all(model.text_encoder()(text) == usual for _ in range(20))
-    encode = model.training_text_encoder()
-    drawn = [encode(text) for _ in range(20)]
-    assert len({tuple(ids) for ids in drawn}) > 3 and max(map(len, drawn)) > len(usual)
-    assert all(ids_to_text(ids) == text for ids in drawn)
-    again = model.training_text_encoder()  # torch's seed is still the same
-    assert [again(text) for _ in range(20)] == drawn
-    model._cfg.bpe_dropout = 0.0
-    assert model.training_text_encoder()(text) == usual

@@ -128,6 +128,8 @@ def test_a_loss_that_runs_away_at_the_end_is_not_thrown_about(tmp_path):
 @pytest.mark.parametrize("values, expected", [
     ([1.5**k for k in range(60)] + [math.nan] * 5, "explodes"),  # runs ahead
     ([math.nan] * 5 + [1.5**k for k in range(60)][::-1], "explodes"),  # runs backwards
+    ([1.5**k for k in range(60)] + [math.nan] * 5 + [0.0] * 9, "explodes"),  # and padding behind
+    ([0.0] * 9 + [math.nan] * 5 + [1.5**k for k in range(60)][::-1], "explodes"),  # and padding before, turned round
     ([math.nan] * 3 + [1.5 ** abs(k) for k in range(-30, 30)] + [math.inf] * 3, "explodes"),  # both, added up
     ([1.0, 2.0] * 20 + [math.nan] + [1.0, 2.0] * 20, "run-nan"),  # one frame breaks
     ([1.0, 2.0] * 20 + [math.nan] * 3, "run-nan"),  # breaks without having grown

@@ -28,6 +28,8 @@ def probe(model, families=("loss", "gradients")):
     ("deepspeech2", ["model.tempo=0.1"]),
     ("deepspeech2", ["model.consistency_weight=0.2", "model.tempo=0.2", "model.spec_augment.warp=0.1"]),
     ("conformer", INNER),
+    ("deepspeech2", ["model.noise_and_rooms.room_probability=1", "model.noise_and_rooms.noise_probability=1",
+                     "model.noise_and_rooms.snr_db=[0,5]", "model.train_ds.cache_features=false"]),
     ("conformer", ["model.consistency_weight=0.2", "model.tempo=0.1", *INNER]),
 ])
 def test_the_switches_of_our_recipes_are_no_fault(name, overrides):

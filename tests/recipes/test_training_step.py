@@ -1,0 +1,127 @@
+"""What happens to a batch on its way to the loss: only in training, only as the configuration says."""
+
+import pytest
+import torch
+from omegaconf import open_dict
+from torch.utils.data import DataLoader, Dataset
+
+from recipes.ctc_model import CTCModel, CTCModelBPE, SampledPieces
+from tests.recipes import tiny
+
+TEXT = "the cat sat on the mat"
+CONFORMER = {"_target_": "recipes.conformer.encoder.ConformerEncoder", "feat_in": 16, "n_layers": 2, "d_model": 24,
+             "n_heads": 2, "conv_kernel_size": 5, "conv_norm_type": "layer_norm", "subsampling_conv_channels": 4,
+             "dropout": 0.0, "dropout_pre_encoder": 0.0}
+
+
+def build(**sections) -> CTCModel:
+    """The tiny model with other sections, ready for `training_step` without a trainer, nothing drawn at random."""
+    cfg = tiny.config()
+    with open_dict(cfg):
+        cfg.preprocessor.dither, cfg.spec_augment = 0.0, None
+        for name, section in sections.items():
+            cfg[name] = section
+    torch.manual_seed(0)
+    model = CTCModel(cfg).train()
+    model._optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    model.log_dict = lambda *args, **kwargs: None
+    return model
+
+
+def batch():
+    generator = torch.Generator().manual_seed(1)
+    audio = torch.randn(2, 16000, generator=generator) * 0.1
+    return [audio, torch.tensor([16000, 16000]), torch.randint(1, 27, (2, 5), generator=generator),
+            torch.tensor([5, 4]), ["a", "b"]]
+
+
+def test_the_loss_a_character_is_the_last_layers_and_what_is_learned_from_the_mixture():
+    model = build(encoder=CONFORMER, interctc={"loss_weights": [0.3], "apply_at_layers": [0]})
+    audio, lengths, targets, sizes, _ = batch()
+    learned = model.training_step(batch(), 0)["loss"].detach()
+    log_probs, frames, _ = model.forward(input_signal=audio, input_signal_length=lengths)
+    last = model.loss(log_probs, targets, frames, sizes).detach()
+    torch.testing.assert_close(model.step_stats.loss_per_char, last)
+    torch.testing.assert_close(model.step_stats.loss, learned)
+    assert abs(float(learned - last)) > 1e-3
+
+
+@pytest.mark.parametrize("rooms, noise", [(1.0, 0.0), (0.0, 1.0)])
+def test_rooms_and_noise_are_heard_in_training_and_never_in_validation(rooms, noise):
+    model = build(noise_and_rooms={"_target_": "recipes.noise.NoiseAndRooms", "room_probability": rooms,
+                                   "noise_probability": noise})
+    heard = []
+    model.preprocessor.register_forward_pre_hook(
+        lambda module, args, kwargs: heard.append(kwargs["input_signal"].clone()), with_kwargs=True
+    )
+    model.training_step(batch(), 0)
+    model._validation_rows = [{"text": "a"}, {"text": "b"}]
+    model.eval().validation_pass((batch(), [0, 1]), 0)
+    trained, validated = heard
+    assert all(not torch.equal(a, b) for a, b in zip(trained, batch()[0])) and torch.equal(validated, batch()[0])
+
+
+def test_a_file_without_the_section_and_one_that_would_run_something_else(tmp_path):
+    assert build().noise_and_rooms is None
+    with pytest.raises(Exception, match="subprocess.call"):
+        build(noise_and_rooms={"_target_": "subprocess.call", "args": ["touch", str(tmp_path / "run")]})
+    assert not (tmp_path / "run").exists()
+
+
+def bpe_model(folder, dropout):
+    cfg = tiny.bpe_config(folder)
+    with open_dict(cfg):
+        cfg.bpe_dropout = dropout
+    torch.manual_seed(7)
+    return CTCModelBPE(cfg)
+
+
+def test_bpe_dropout_spells_a_text_in_training_anew_each_time_and_never_elsewhere(tmp_path):
+    model = bpe_model(tmp_path, 0.3)
+    usual = model.text_encoder()(TEXT)
+    assert all(model.text_encoder()(TEXT) == usual for _ in range(20))
+    encode = model.training_text_encoder()
+    drawn = [encode(TEXT) for _ in range(20)]
+    assert len({tuple(ids) for ids in drawn}) > 3 and max(map(len, drawn)) > len(usual)
+    assert all(model.tokenizer.ids_to_text(ids) == TEXT for ids in drawn)
+    again, other_rank = (SampledPieces(model.tokenizer, 0.3, rank) for rank in (0, 1))
+    assert [again(TEXT) for _ in range(20)] == drawn  # torch's seed is still the same
+    assert [other_rank(TEXT) for _ in range(20)] != drawn
+    for none in (0.0, None):
+        model._cfg.bpe_dropout = none
+        assert model.training_text_encoder()(TEXT) == usual
+
+
+class Spelled(Dataset):
+    """The same text ten times."""
+
+    def __init__(self, encode):
+        self.encode = encode
+
+    def __len__(self):
+        return 10
+
+    def __getitem__(self, index):
+        return self.encode(TEXT)
+
+
+def test_workers_and_epochs_draw_otherwise(tmp_path):
+    encode = bpe_model(tmp_path, 0.3).training_text_encoder()
+    loader = DataLoader(Spelled(encode), batch_size=None, num_workers=2)
+    first, second = list(loader), list(loader)
+    assert first[0::2] != first[1::2] and first != second
+
+
+def test_bpe_dropout_is_refused_for_other_tokenizers(tmp_path):
+    import sentencepiece
+
+    model = bpe_model(tmp_path, 0.1)
+    unigram = tmp_path / "unigram"
+    sentencepiece.SentencePieceTrainer.train(
+        input=str(tmp_path / "text.txt"), model_prefix=str(unigram), vocab_size=20, model_type="unigram",
+        hard_vocab_limit=False, minloglevel=2,
+    )
+    model.tokenizer.tokenizer = sentencepiece.SentencePieceProcessor(model_file=f"{unigram}.model")
+    for tokenizer in (model.tokenizer, object()):
+        with pytest.raises(ValueError, match="set model.bpe_dropout=0"):
+            SampledPieces(tokenizer, 0.1)
