@@ -127,8 +127,10 @@ def test_a_rung_changes_what_it_says_and_nothing_else(overrides):
     assert heart["training.global_batch_seconds"] == 40 and hour["training.global_batch_seconds"] == 160
     silenced = {"model.encoder.dropout", "model.encoder.dropout_pre_encoder", "model.encoder.dropout_att",
                 "model.spec_augment", "model.preprocessor.dither", "model.tempo", "model.consistency_weight",
-                "init_from"}
+                "model.noise_and_rooms", "init_from"}
     assert set(heart) - set(hour) == silenced and not set(hour) - set(heart)
+    tokens = compose("conformer_bpe", ["model.tokenizer.dir=x", *overrides, "corpus=librispeech_8h", *overrides])
+    assert settings(HEART, tokens, 320.0)["model.bpe_dropout"] == 0.0
     folder = "/tmp/it's, a={b} \\'c"
     changed = {**heart, "exp_manager.explicit_log_dir": folder}
     merged = compose("conformer", override_lines([*overrides, "training.epochs=3", "model.optim.lr=1e-3"], changed))
