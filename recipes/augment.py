@@ -44,7 +44,7 @@ class WarpedSpectrogramAugmentation(SpectrogramAugmentation):
 
 
 def warp_matrix(factors_B: Tensor, bins: int) -> Tensor:
-    """(B, D, D): row d reads bin d * factor, between its two neighbours; rows sum to 1, a factor of 1 is the identity."""
+    """(B, D, D): row d reads bin d * factor, between its two neighbours; rows sum to 1, a factor of 1 changes nothing."""
     places_BD = (torch.arange(bins, device=factors_B.device) * factors_B[:, None]).clamp(max=bins - 1)
     distance_BDD = (places_BD[:, :, None] - torch.arange(bins, device=factors_B.device)).abs()
     return (1 - distance_BDD).clamp(min=0)

@@ -336,7 +336,7 @@ class CTCModelBPE(_RecipeModel, EncDecCTCModelBPE):
 
 
 class SampledPieces:
-    """Text to tokens with BPE dropout; its draws differ by rank, data loading worker and epoch, and follow torch's seed."""
+    """Text to tokens with BPE dropout; its draws differ by rank, worker and epoch, and follow torch's seed."""
 
     def __init__(self, tokenizer, dropout: float, rank: int = 0):
         proto = ModelProto()
@@ -345,8 +345,8 @@ class SampledPieces:
             proto.ParseFromString(processor.serialized_model_proto())
         if proto.trainer_spec.model_type != proto.trainer_spec.BPE:
             raise ValueError(
-                f"model.bpe_dropout={dropout} leaves out merges of a sentencepiece tokenizer of type BPE, which this one "
-                "is not: set model.bpe_dropout=0"
+                f"model.bpe_dropout={dropout} leaves out merges of a sentencepiece tokenizer of type BPE, which this "
+                "one is not: set model.bpe_dropout=0"
             )
         self.tokenizer, self.dropout, self.rank = tokenizer, dropout, rank
         self.process: int | None = None

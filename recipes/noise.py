@@ -55,7 +55,7 @@ class NoiseAndRooms(nn.Module):
 
     @torch.no_grad()
     def forward(self, audio_BT: Tensor, lengths_B: Tensor) -> Tensor:
-        """Waveforms (B, T) with lengths (B) in samples to the same. Rooms keep the loudness, noise adds to it; padding stays zero."""
+        """Waveforms (B, T) with lengths (B) in samples to the same; padding stays zero, noise adds to the loudness."""
         if self.room_probability and audio_BT.shape[1]:
             chosen_B = torch.rand(len(audio_BT), device=audio_BT.device) < self.room_probability
             audio_BT = torch.where(chosen_B[:, None], self._in_rooms(audio_BT, lengths_B), audio_BT)
