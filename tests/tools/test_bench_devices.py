@@ -40,11 +40,12 @@ def test_the_result_says_how_far_processes_and_seeds_lie_apart(tmp_path, monkeyp
 def test_all_runs_have_the_same_recipe_but_for_the_processes(tmp_path, monkeypatch):
     seen = {}
     monkeypatch.setattr(devices, "train", lambda options, folder, processes, seed: seen.setdefault(
-        (processes, seed), devices.command(options, "x", processes, seed)) and run(1.0, 1.0))
+        (processes, seed), devices.command(options, folder.name, processes, seed)) and run(1.0, 1.0))
     manifests = [tmp_path / "a.json", tmp_path / "b.json"]
     words = ["--json", str(tmp_path / "o.json"), "--manifest", str(manifests[0]), "--dev", str(manifests[1]), "--", "a=b"]
     assert devices.main(words) == 0
     one, four = set(seen[1, 1234]), set(seen[4, 1234])
+    assert not any("," in word for words in seen.values() for word in words)  # Hydra would read a list
     assert four - one == {"trainer=ddp", "trainer.accelerator=cpu", "trainer.devices=4"} and not one - four
     assert {f"corpus.train={manifests[0]}", "a=b", "seed=1234"} <= one
 

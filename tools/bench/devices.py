@@ -81,7 +81,7 @@ def run(options, argv: Sequence[str]) -> dict:
         for name, processes, seed in [("1 process", 1, 1234), ("1, another seed", 1, 4321)] + [
             (f"{n} processes", n, 1234) for n in options.processes if n > 1
         ]:
-            runs[name] = train(options, Path(folder) / name.replace(" ", "_"), processes, seed)
+            runs[name] = train(options, Path(folder) / f"{processes}_{seed}", processes, seed)
     rows = compare(runs)
     names = list(runs)
     noise, apart = farthest(runs, names[0], names[1:2]), farthest(runs, names[0], names[2:])
