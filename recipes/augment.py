@@ -11,8 +11,8 @@ from nemo.collections.asr.modules import SpectrogramAugmentation
 from nemo.core.classes.common import typecheck
 from torch import Tensor
 
-
 FRAMES_MULTIPLE = 16  # half of it is 2 % of a mini utterance
+
 
 class WarpedSpectrogramAugmentation(SpectrogramAugmentation):
     """NeMo's SpecAugment after a warp of the frequency axis, drawn anew for each utterance.

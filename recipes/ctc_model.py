@@ -14,22 +14,19 @@ from __future__ import annotations
 
 import copy
 import logging
-import os
 from dataclasses import dataclass, field
 
-import sentencepiece
 import torch
 from nemo.collections.asr.models import EncDecCTCModel, EncDecCTCModelBPE
 from nemo.core.classes.common import safe_instantiate
 from nemo.core.classes.mixins import AccessMixin
 from omegaconf import DictConfig, OmegaConf, open_dict
-from sentencepiece.sentencepiece_model_pb2 import ModelProto
 from torch import Tensor
 
 from recipes.augment import change_tempo, round_up_frames
 from recipes.consistency import consistency_loss, two_views
 from recipes.ctc_loss import CTCLoss
-from recipes.data import CharEncoder, ResumableLoader, lhotse_loader, manifest_loader, read_rows
+from recipes.data import CharEncoder, ResumableLoader, SampledPieces, lhotse_loader, manifest_loader, read_rows
 from recipes.lengths import valid_mask
 from recipes.metrics import ErrorCounts, count_errors
 
@@ -326,33 +323,6 @@ class CTCModelBPE(_RecipeModel, EncDecCTCModelBPE):
         return self.tokenizer.text_to_ids
 
     def training_text_encoder(self):
-        """With `bpe_dropout` p, each merge of the tokenizer is left out with probability p, anew for each text.
-
-        Provilkov et al. 2020 (arXiv 1910.13267): words are met in smaller pieces too, as new words will have to be
-        spelled. Raises ValueError for a tokenizer that is not sentencepiece's BPE.
-        """
+        """`SampledPieces` where the model has a `bpe_dropout`; raises ValueError where its tokenizer has no merges."""
         dropout = self._cfg.get("bpe_dropout") or 0.0
         return SampledPieces(self.tokenizer, dropout, self.global_rank) if dropout else self.text_encoder()
-
-
-class SampledPieces:
-    """Text to tokens with BPE dropout; its draws differ by rank, worker and epoch, and follow torch's seed."""
-
-    def __init__(self, tokenizer, dropout: float, rank: int = 0):
-        proto = ModelProto()
-        processor = getattr(tokenizer, "tokenizer", None)
-        if isinstance(processor, sentencepiece.SentencePieceProcessor):
-            proto.ParseFromString(processor.serialized_model_proto())
-        if proto.trainer_spec.model_type != proto.trainer_spec.BPE:
-            raise ValueError(
-                f"model.bpe_dropout={dropout} leaves out merges of a sentencepiece tokenizer of type BPE, which this "
-                "one is not: set model.bpe_dropout=0"
-            )
-        self.tokenizer, self.dropout, self.rank = tokenizer, dropout, rank
-        self.process: int | None = None
-
-    def __call__(self, text: str) -> list[int]:
-        if self.process != os.getpid():  # sentencepiece's generator is the process' own
-            self.process = os.getpid()
-            sentencepiece.set_random_generator_seed((torch.initial_seed() + self.rank) % 2**32)
-        return self.tokenizer.text_to_ids(text, sample_alpha=self.dropout)

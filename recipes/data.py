@@ -10,13 +10,16 @@ from __future__ import annotations
 
 import copy
 import io
+import os
 import signal
 from pathlib import Path
 
 import numpy as np
+import sentencepiece
 import soundfile
 import torch
 from omegaconf import OmegaConf
+from sentencepiece.sentencepiece_model_pb2 import ModelProto
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
@@ -39,6 +42,34 @@ class CharEncoder:
             hint = "; lower-case the text" if any(c.lower() in self.index for c in unknown) else ""
             raise ValueError(f"characters {unknown} of {text!r} are not among the labels{hint}")
         return [self.index[character] for character in text]
+
+
+class SampledPieces:
+    """Text to tokens, each merge of the tokenizer left out with probability `dropout`, anew for each text.
+
+    Provilkov et al. 2020 (arXiv 1910.13267): words are met in smaller pieces too, as new words will have to be spelled.
+    The draws differ by rank, worker and epoch, and follow torch's seed. Raises ValueError for a tokenizer that is not
+    sentencepiece's BPE.
+    """
+
+    def __init__(self, tokenizer, dropout: float, rank: int = 0):
+        proto = ModelProto()
+        processor = getattr(tokenizer, "tokenizer", None)
+        if isinstance(processor, sentencepiece.SentencePieceProcessor):
+            proto.ParseFromString(processor.serialized_model_proto())
+        if proto.trainer_spec.model_type != proto.trainer_spec.BPE:
+            raise ValueError(
+                f"model.bpe_dropout={dropout} leaves out merges of a sentencepiece tokenizer of type BPE, which this "
+                "one is not: set model.bpe_dropout=0"
+            )
+        self.tokenizer, self.dropout, self.rank = tokenizer, dropout, rank
+        self.process: int | None = None
+
+    def __call__(self, text: str) -> list[int]:
+        if self.process != os.getpid():  # sentencepiece's generator is the process' own
+            self.process = os.getpid()
+            sentencepiece.set_random_generator_seed((torch.initial_seed() + self.rank) % 2**32)
+        return self.tokenizer.text_to_ids(text, sample_alpha=self.dropout)
 
 
 def collate(audio: list[np.ndarray], targets: list[list[int]], ids: list[str]) -> Batch:

@@ -56,12 +56,11 @@ class NoiseAndRooms(nn.Module):
     @torch.no_grad()
     def forward(self, audio_BT: Tensor, lengths_B: Tensor) -> Tensor:
         """Waveforms (B, T) with lengths (B) in samples to the same; padding stays zero, noise adds to the loudness."""
-        if self.room_probability and audio_BT.shape[1]:
-            chosen_B = torch.rand(len(audio_BT), device=audio_BT.device) < self.room_probability
-            audio_BT = torch.where(chosen_B[:, None], self._in_rooms(audio_BT, lengths_B), audio_BT)
-        if self.noise_probability and audio_BT.shape[1]:
-            chosen_B = torch.rand(len(audio_BT), device=audio_BT.device) < self.noise_probability
-            audio_BT = torch.where(chosen_B[:, None], self._with_noise(audio_BT, lengths_B), audio_BT)
+        changes = ((self.room_probability, self._in_rooms), (self.noise_probability, self._with_noise))
+        for probability, change in changes:
+            if probability and audio_BT.shape[1]:
+                chosen_B = torch.rand(len(audio_BT), device=audio_BT.device) < probability
+                audio_BT = torch.where(chosen_B[:, None], change(audio_BT, lengths_B), audio_BT)
         return audio_BT
 
     def _in_rooms(self, audio_BT: Tensor, lengths_B: Tensor) -> Tensor:

@@ -35,9 +35,9 @@ def test_every_recipe_composes_with_every_corpus_and_size(recipe, corpus, size, 
 
 
 def test_noise_and_rooms_are_for_waveforms(manifests):
-    compose("deepspeech2", ["model.train_ds.cache_features=false", "model.noise_and_rooms.room_probability=0.5",
-                            *manifests])
-    compose("deepspeech2", ["model.noise_and_rooms=null", *manifests])
+    rooms = ["model.train_ds.cache_features=false", "model.noise_and_rooms.room_probability=0.5"]
+    assert compose("deepspeech2", [*rooms, *manifests]).model.noise_and_rooms.room_probability == 0.5
+    assert compose("deepspeech2", ["model.noise_and_rooms=null", *manifests]).model.noise_and_rooms is None
 
 
 @pytest.mark.parametrize("blocks, middle", [(1, 0), (2, 0), (4, 1), (6, 2), (17, 7)])

@@ -5,7 +5,8 @@ import torch
 from omegaconf import open_dict
 from torch.utils.data import DataLoader, Dataset
 
-from recipes.ctc_model import CTCModel, CTCModelBPE, SampledPieces
+from recipes.ctc_model import CTCModel, CTCModelBPE
+from recipes.data import SampledPieces
 from tests.recipes import tiny
 
 TEXT = "the cat sat on the mat"

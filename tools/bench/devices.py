@@ -10,7 +10,6 @@ process with another seed. Compared at each validation, over all of the validati
 
 from __future__ import annotations
 
-import csv
 import os
 import subprocess
 import sys
@@ -20,8 +19,7 @@ from pathlib import Path
 
 from manifests.report import table
 from tools.bench._common import ROOT, BenchError, describe, guarded, parser, save
-
-COLUMNS = ("val_loss", "val_wer")
+from tools.report.curve import read_curve
 
 
 def command(options, folder: Path, processes: int, seed: int) -> list[str]:
@@ -50,10 +48,12 @@ def train(options, folder: Path, processes: int, seed: int) -> list[dict[str, fl
 
 
 def validations(curve: Path) -> list[dict[str, float]]:
-    """Rows of a curve.csv that have a validation."""
-    with curve.open(newline="") as file:
-        rows = [row for row in csv.DictReader(file) if row["val_loss"]]
-    return [{"step": int(row["step"]), **{column: float(row[column]) for column in COLUMNS}} for row in rows]
+    """The steps of a curve.csv that have a validation, with its figures."""
+    columns = read_curve(curve)
+    return [
+        {"step": int(step), "val_loss": loss, "val_wer": wer}
+        for (step, loss), (_, wer) in zip(columns["val_loss"], columns["val_wer"], strict=True)
+    ]
 
 
 def compare(runs: dict[str, list[dict[str, float]]]) -> list[list[str]]:
@@ -86,7 +86,9 @@ def run(options, argv: Sequence[str]) -> dict:
     names = list(runs)
     noise, apart = farthest(runs, names[0], names[1:2]), farthest(runs, names[0], names[2:])
     head = ["step", *(f"{name}: loss (WER)" for name in names)]
-    remarks = [f"Validation loss at most {apart:.1%} from that of one process; another seed is at most {noise:.1%} away."]
+    remarks = [
+        f"Validation loss at most {apart:.1%} from that of one process; another seed is at most {noise:.1%} away."
+    ]
     print(table(head, rows), *remarks, sep="\n")
     return save(options.json, "devices", __doc__, argv, describe("CPU", 1), head, rows, options.note,
                 runs=runs, farthest={"processes": apart, "seed": noise}, remarks=remarks)
