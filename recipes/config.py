@@ -154,7 +154,7 @@ def check(cfg: DictConfig) -> None:
         (cpu and str(trainer.precision) in {"16", "16-mixed", "16-true", "bf16-true"},
          f"trainer.precision={trainer.precision} does not train on a CPU; use 32 or bf16-mixed"),
         (many and trainer.strategy == "auto" and cpu,
-         f"trainer.devices={trainer.devices} on the CPU needs trainer=ddp (with trainer.accelerator=cpu)"),
+         f"trainer.devices={trainer.devices} on the CPU needs trainer=cpu_ddp"),
         (not 0 <= cfg.training.warmup_share < 1,
          f"training.warmup_share={cfg.training.warmup_share} must be from 0 up to below 1: it is a share of the steps"),
         (not cfg.training.global_batch_seconds > 0,
@@ -164,6 +164,7 @@ def check(cfg: DictConfig) -> None:
          f"model.tempo={cfg.model.get('tempo')} must be from 0 to below 0.5"),
         (not 0 <= (cfg.model.get("bpe_dropout") or 0) < 1,
          f"model.bpe_dropout={cfg.model.get('bpe_dropout')} must be from 0 to below 1: it is a share of the merges"),
+        (inner_layers_missing(cfg.model), inner_layers_missing(cfg.model)),
         (not cfg.training.epochs > 0, f"training.epochs={cfg.training.epochs} must be positive"),
     ]
     for broken, message in rules:
@@ -179,6 +180,21 @@ def check(cfg: DictConfig) -> None:
                     f"model.{key}.manifest_filepath: no file {path}; "
                     f"`./run.sh --corpus {cfg.corpus.name} --stop-stage 1` makes it"
                 )
+
+
+def inner_layers_missing(model: DictConfig) -> str:
+    """What is wrong with the layers that `model.interctc` asks one of our encoders for; empty where nothing is."""
+    asked = list((model.get("interctc") or {}).get("apply_at_layers") or [])
+    encoder = model.encoder
+    if not asked or not str(encoder.get("_target_")).startswith("recipes."):
+        return ""
+    # DeepSpeech2's last recurrent layer is the output itself, DeepSpeech has but one
+    layers = encoder.n_layers if "n_layers" in encoder else encoder.get("rnn_layers", 1) - 1
+    if all(0 <= layer < layers for layer in asked):
+        return ""
+    return f"model.interctc.apply_at_layers={asked}: " + (
+        f"this encoder has inner layers 0 to {layers - 1}" if layers else "this encoder has no inner layers"
+    ) + "; model.interctc=null goes without"
 
 
 def check_against_code(cfg: DictConfig) -> None:

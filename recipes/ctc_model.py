@@ -18,6 +18,7 @@ from dataclasses import dataclass, field
 
 import torch
 from nemo.collections.asr.models import EncDecCTCModel, EncDecCTCModelBPE
+from nemo.collections.asr.modules import ConvASRDecoder
 from nemo.core.classes.common import safe_instantiate
 from nemo.core.classes.mixins import AccessMixin
 from omegaconf import DictConfig, OmegaConf, open_dict
@@ -27,6 +28,7 @@ from recipes.augment import change_tempo, round_up_frames
 from recipes.consistency import consistency_loss, two_views
 from recipes.ctc_loss import CTCLoss
 from recipes.data import CharEncoder, ResumableLoader, SampledPieces, lhotse_loader, manifest_loader, read_rows
+from recipes.intermediate import characters_of
 from recipes.lengths import valid_mask
 from recipes.metrics import ErrorCounts, count_errors
 
@@ -317,7 +319,26 @@ class CTCModel(_RecipeModel, EncDecCTCModel):
 
 
 class CTCModelBPE(_RecipeModel, EncDecCTCModelBPE):
-    """CTC over sentencepiece tokens; the tokenizer travels inside the `.nemo`."""
+    """CTC over sentencepiece tokens; the tokenizer travels inside the `.nemo`.
+
+    With `intermediate_labels` (a list of characters) the intermediate CTC spells in them, with a decoder of its own:
+    the lower layers learn the letters, the upper ones to put them together (Sanabria and Metze 2018, arXiv 1807.07104).
+    """
+
+    def __init__(self, cfg: DictConfig, trainer=None):
+        super().__init__(cfg=cfg, trainer=trainer)
+        self.character_decoder = None
+        if (labels := cfg.get("intermediate_labels")) and self.is_interctc_enabled():
+            self.character_decoder = ConvASRDecoder(self.decoder._feat_in, len(labels), vocabulary=list(labels))
+            self.character_loss = CTCLoss(len(labels), self.loss.reduction)
+            self.setup_interctc(decoder_name="character_decoder", loss_name="character_loss", wer_name="wer")
+
+    def add_interctc_losses(self, loss_value, transcript, transcript_len, compute_wer, **options):
+        """NeMo's, on the characters of the tokens where the model has `intermediate_labels`."""
+        if self.character_decoder is not None and self.is_interctc_enabled():
+            labels = self.character_decoder.vocabulary
+            transcript, transcript_len = characters_of(transcript, transcript_len, self.tokenizer, labels)
+        return super().add_interctc_losses(loss_value, transcript, transcript_len, compute_wer, **options)
 
     def text_encoder(self):
         return self.tokenizer.text_to_ids

@@ -18,8 +18,8 @@ def usable_cores() -> int:
     return os.cpu_count() or 1
 
 
-def set_threads() -> int:
-    """As many OpenMP threads as usable cores, which wait awake for some 50 microseconds and then sleep, unless the
+def set_threads(processes: int = 1) -> int:
+    """As many OpenMP threads as usable cores, shared among so many processes of this machine, which wait awake for some 50 microseconds and then sleep, unless the
     environment says otherwise.
 
     The short wait bridges the gap from one operation to the next: a small recurrent model trains 1.4 times as fast on
@@ -33,7 +33,7 @@ def set_threads() -> int:
     os.environ.setdefault("ONEDNN_PRIMITIVE_CACHE_CAPACITY", "16384")
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
     os.environ.setdefault("GOMP_SPINCOUNT", "20000")  # of GNU OpenMP, which torch's wheels bring; others pass over it
-    return int(os.environ.setdefault("OMP_NUM_THREADS", str(usable_cores())).split(",")[0])
+    return int(os.environ.setdefault("OMP_NUM_THREADS", str(max(usable_cores() // processes, 1))).split(",")[0])
 
 
 def keep_memory() -> bool:

@@ -34,11 +34,12 @@ def main(arguments: list[str] | None = None) -> int:
     name = parsed.config_name.removesuffix(".yaml")
     os.chdir(CONF.parent)  # paths in the YAML files are relative to the root
     try:
-        compose(name, parsed.overrides)
+        trainer = compose(name, parsed.overrides).trainer
     except ConfigError as error:
         print(f"train.py: {error}", file=sys.stderr)
         return EXIT_CONFIG
-    set_threads()
+    on_cpu = trainer.accelerator == "cpu" and isinstance(trainer.devices, int)
+    set_threads(max(trainer.devices, 1) if on_cpu else 1)
     quiet_imports()
     from nemo.core.config import hydra_runner
 

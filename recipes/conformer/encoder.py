@@ -34,8 +34,9 @@ from torch import Tensor, nn
 
 from recipes.conformer.attention import RelPositionAttention, relative_positions
 from recipes.conformer.convolution import NORMS, ConvolutionModule
-from recipes.dropout import add_branch, dropout
 from recipes.conformer.subsampling import ConvSubsampling
+from recipes.dropout import add_branch, dropout
+from recipes.intermediate import layers_to_capture, leave_captured
 from recipes.lengths import valid_mask
 
 
@@ -229,17 +230,11 @@ class ConformerEncoder(NeuralModule, Exportable, AccessMixin):
     def forward(self, audio_signal: Tensor, length: Tensor) -> tuple[Tensor, Tensor]:
         """Features (B, F, T) and lengths (B) in frames to (B, D', t) and int64 lengths (B).
 
-        Where NeMo's intermediate CTC asks for them, the outputs of its layers are left in the registry of AccessMixin
-        as ``interctc/layer_output_N`` (B, D', t) and ``interctc/layer_length_N`` (B).
+        The outputs of the blocks that NeMo's intermediate CTC asks for are left to it (recipes/intermediate.py).
         Raises ValueError where F is not ``feat_in``.
         """
-        capture = ()
-        if self.is_access_enabled(getattr(self, "model_guid", None)):
-            capture = tuple(self.access_cfg.get("interctc", {}).get("capture_layers", ()))
-        outputs, encoded_lengths, captured = self.encode(audio_signal, length, capture)
-        for layer, output in captured.items():
-            self.register_accessible_tensor(name=f"interctc/layer_output_{layer}", tensor=output)
-            self.register_accessible_tensor(name=f"interctc/layer_length_{layer}", tensor=encoded_lengths)
+        outputs, encoded_lengths, captured = self.encode(audio_signal, length, layers_to_capture(self))
+        leave_captured(self, captured, encoded_lengths)
         return outputs, encoded_lengths
 
     def encode(

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from recipes.dropout import Dropout
+from recipes.intermediate import layers_to_capture, leave_captured
 from recipes.lengths import conv_out_length, valid_mask
 from recipes.recurrent import (
     MERGES,
@@ -173,7 +174,11 @@ class DeepSpeech2Encoder(CTCEncoder):
 
     @typecheck()
     def forward(self, audio_signal: Tensor, length: Tensor):
-        """Features (B, D, T) with lengths (B) in frames to (outputs (B, D', T'), encoded_lengths (B))."""
+        """Features (B, D, T) with lengths (B) in frames to (outputs (B, D', T'), encoded_lengths (B)).
+
+        The outputs of the recurrent layers, but the last, that NeMo's intermediate CTC asks for are left to it
+        (recipes/intermediate.py).
+        """
         length = length.long()
         x = masked_input(audio_signal, length).transpose(1, 2).unsqueeze(1)
         for layer in self.convs:
@@ -182,8 +187,13 @@ class DeepSpeech2Encoder(CTCEncoder):
             x = layer(x, mask_BT)
         B, C, T, F_out = x.shape
         x = x.permute(0, 2, 3, 1).reshape(B, T, F_out * C)
-        for norm, rnn in zip(self.norms, self.rnns):
-            x = rnn(self.dropout(norm(x, mask_BT)), length, mask_BT)
+        capture, captured = layers_to_capture(self), {}
+        for layer, (norm, rnn) in enumerate(zip(self.norms, self.rnns)):
+            x = norm(x, mask_BT)
+            if layer - 1 in capture:  # the layer below, as this one is given it
+                captured[layer - 1] = x.masked_fill(~mask_BT[:, :, None], 0.0).transpose(1, 2)
+            x = rnn(self.dropout(x), length, mask_BT)
+        leave_captured(self, captured, length)
         if self.look_ahead is not None:
             x = self.look_ahead(x)
         x = self.dropout(self.out_norm(x, mask_BT))

@@ -47,13 +47,16 @@ def test_the_intermediate_loss_is_half_way_up_whatever_the_number_of_blocks(bloc
     assert compose("conformer", ["model.interctc=null", *manifests]).model.interctc is None
 
 
-@pytest.mark.parametrize("trainer", ["cpu", "gpu", "ddp", "slurm"])
+@pytest.mark.parametrize("trainer", ["cpu", "cpu_ddp", "gpu", "ddp", "slurm"])
 @pytest.mark.parametrize("logger", ["default", "csv", "wandb"])
 @pytest.mark.parametrize("debug", ["none", "fast"])
 def test_every_trainer_logger_and_debug_option_composes(trainer, logger, debug, manifests):
     cfg = compose("deepspeech2", [f"trainer={trainer}", f"logger={logger}", f"debug={debug}", *manifests])
     assert cfg.trainer.use_distributed_sampler is False
     assert cfg.exp_manager.create_wandb_logger is (logger == "wandb")
+
+
+INNER = "+model.interctc.loss_weights=[0.3]"
 
 
 @pytest.mark.parametrize(
@@ -72,12 +75,15 @@ def test_every_trainer_logger_and_debug_option_composes(trainer, logger, debug, 
         ("deepspeech2", ["+model.train_ds.tarred_audio_filepaths=x"], ["trainer.max_steps"]),
         ("deepspeech2", ["+model.train_ds.shar_path=x", "trainer.max_steps=9"], ["cache_features=true", "false"]),
         ("deepspeech2", ["trainer.precision=16-mixed"], ["trainer.precision=16-mixed", "bf16-mixed"]),
-        ("deepspeech2", ["trainer.devices=2"], ["trainer=ddp"]),
+        ("deepspeech2", ["trainer.devices=2"], ["trainer=cpu_ddp"]),
         ("deepspeech2", ["training.warmup_share=10"], ["training.warmup_share=10"]),
         ("deepspeech2", ["training.global_batch_seconds=0"], ["training.global_batch_seconds=0"]),
         ("deepspeech2", ["model.optim.lr=0"], ["model.optim.lr=0"]),
         ("deepspeech2", ["model.optim.lr=???"], ["missing mandatory value: model.optim.lr"]),
         ("deepspeech2", ["model.noise_and_rooms.noise_probability=0.5"], ["model.train_ds.cache_features=false"]),
+        ("conformer", ["model.interctc.apply_at_layers=[4]"], ["apply_at_layers=[4]", "0 to 3", "model.interctc=null"]),
+        ("deepspeech2", [INNER, "+model.interctc.apply_at_layers=[2]"], ["apply_at_layers=[2]", "0 to 1"]),
+        ("deepspeech", [INNER, "+model.interctc.apply_at_layers=[0]"], ["no inner layers"]),
         ("conformer", ["model.tempo=1.1"], ["model.tempo=1.1"]),
         ("conformer_bpe", ["model.tokenizer.dir=x", "model.bpe_dropout=1"], ["model.bpe_dropout=1"]),
         ("conformer_bpe", [], ["missing mandatory value: model.tokenizer.dir"]),

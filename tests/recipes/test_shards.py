@@ -154,7 +154,7 @@ def test_a_recipe_refuses_streams_that_would_repeat_themselves(data):
         compose("deepspeech2", overrides)
     overrides += ["model.train_ds.shard_seed=randomized"]
     assert compose("deepspeech2", overrides).model.train_ds.shard_seed == "randomized"
-    many = ["trainer=ddp", "trainer.accelerator=cpu", "trainer.devices=2", "model.train_ds.num_workers=0"]
+    many = ["trainer=cpu_ddp", "model.train_ds.num_workers=0"]
     with pytest.raises(ConfigError, match="num_workers=0 makes every device read the same"):
         compose("deepspeech2", overrides + many)
 
@@ -224,7 +224,7 @@ def test_two_processes_end_together_where_one_has_less_data(data, tmp_path):
         pytest.fail("no number of utterances makes an odd number of batches")
     arguments = [
         "--config-name", "deepspeech2", *SHORT, f"{TRAIN}{manifest}", f"corpus.validation={data['dev']}",
-        f"exp_manager.explicit_log_dir={tmp_path}/exp", "trainer=ddp", "trainer.accelerator=cpu", "trainer.devices=2",
+        f"exp_manager.explicit_log_dir={tmp_path}/exp", "trainer=cpu_ddp",
         "trainer.precision=32",
     ]
     done = subprocess.run([sys.executable, "recipes/train.py", *arguments], cwd=ROOT, capture_output=True, text=True,

@@ -4,6 +4,7 @@ import os
 import subprocess
 import sys
 
+from recipes import threads
 from tests.conftest import ROOT
 
 HOLES = """
@@ -44,3 +45,11 @@ def test_room_for_compiled_shapes_is_asked_for_before_torch_and_the_user_has_the
 
     assert run().split() == ["16384", "False"]
     assert run(ONEDNN_PRIMITIVE_CACHE_CAPACITY="77").split() == ["77", "False"]
+
+
+def test_processes_of_one_machine_share_its_cores(monkeypatch):
+    monkeypatch.setattr(threads, "usable_cores", lambda: 8)
+    for processes, each in [(1, 8), (3, 2), (16, 1)]:
+        monkeypatch.setenv("OMP_NUM_THREADS", "")  # so that it is put back
+        monkeypatch.delenv("OMP_NUM_THREADS")
+        assert threads.set_threads(processes) == each

@@ -126,7 +126,7 @@ def test_a_complete_run_is_not_trained_again(corpus, tmp_path):
 
 
 def test_two_gloo_processes_agree_with_one_at_the_same_global_batch(corpus, whole, tmp_path):
-    two = ["trainer=ddp", "trainer.accelerator=cpu", "trainer.devices=2", "trainer.precision=32"]
+    two = ["trainer=cpu_ddp", "trainer.precision=32"]
     train(corpus, tmp_path, *two, "trainer.max_steps=12", f"training.warmup_share={0.1 * STEPS / 12}")
     assert sorted(losses(tmp_path)) == list(range(1, 13))
     # Half the batch each: other batches, the same data, the same schedule at the start. Compared over a pass.

@@ -2,11 +2,14 @@
 
 import pytest
 import torch
+from nemo.collections.asr.models import ASRModel
+from nemo.core.classes.mixins import AccessMixin
 from omegaconf import open_dict
 from torch.utils.data import DataLoader, Dataset
 
 from recipes.ctc_model import CTCModel, CTCModelBPE
 from recipes.data import SampledPieces
+from recipes.intermediate import characters_of
 from tests.recipes import tiny
 
 TEXT = "the cat sat on the mat"
@@ -15,15 +18,22 @@ CONFORMER = {"_target_": "recipes.conformer.encoder.ConformerEncoder", "feat_in"
              "dropout": 0.0, "dropout_pre_encoder": 0.0}
 
 
-def build(**sections) -> CTCModel:
+DEEPSPEECH2 = {"_target_": "recipes.deepspeech2.encoder.DeepSpeech2Encoder", "feat_in": 16, "conv_channels": [4],
+               "conv_kernels": [[3, 3]], "conv_strides": [[2, 2]], "rnn_layers": 2, "rnn_hidden": 24,
+               "rnn_norm": "layer", "dropout": 0.0}
+INNER = {"loss_weights": [0.3], "apply_at_layers": [0]}
+
+
+def build(cfg=None, **sections) -> CTCModel:
     """The tiny model with other sections, ready for `training_step` without a trainer, nothing drawn at random."""
-    cfg = tiny.config()
+    of_class = CTCModelBPE if cfg else CTCModel
+    cfg = cfg or tiny.config()
     with open_dict(cfg):
         cfg.preprocessor.dither, cfg.spec_augment = 0.0, None
         for name, section in sections.items():
             cfg[name] = section
     torch.manual_seed(0)
-    model = CTCModel(cfg).train()
+    model = of_class(cfg).train()
     model._optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
     model.log_dict = lambda *args, **kwargs: None
     return model
@@ -36,8 +46,9 @@ def batch():
             torch.tensor([5, 4]), ["a", "b"]]
 
 
-def test_the_loss_a_character_is_the_last_layers_and_what_is_learned_from_the_mixture():
-    model = build(encoder=CONFORMER, interctc={"loss_weights": [0.3], "apply_at_layers": [0]})
+@pytest.mark.parametrize("encoder", [CONFORMER, DEEPSPEECH2])
+def test_the_loss_a_character_is_the_last_layers_and_what_is_learned_from_the_mixture(encoder):
+    model = build(encoder=encoder, interctc=INNER)
     audio, lengths, targets, sizes, _ = batch()
     learned = model.training_step(batch(), 0)["loss"].detach()
     log_probs, frames, _ = model.forward(input_signal=audio, input_signal_length=lengths)
@@ -45,6 +56,37 @@ def test_the_loss_a_character_is_the_last_layers_and_what_is_learned_from_the_mi
     torch.testing.assert_close(model.step_stats.loss_per_char, last)
     torch.testing.assert_close(model.step_stats.loss, learned)
     assert abs(float(learned - last)) > 1e-3
+
+
+def test_what_a_recurrent_layer_leaves_to_the_intermediate_loss_ends_with_the_utterance():
+    model = build(encoder=DEEPSPEECH2, interctc=INNER)
+    features, lengths = torch.randn(2, 16, 60), torch.tensor([60, 31])
+    AccessMixin.set_access_enabled(access_enabled=True, guid=model.model_guid)
+    _, frames = model.encoder(audio_signal=features, length=lengths)
+    registry = AccessMixin.get_module_registry(model.encoder)
+    [output] = next(iter(registry.values()))["interctc/layer_output_0"]
+    assert output.shape == (2, 24, 30) and frames.tolist() == [30, 16]
+    assert bool((output[1, :, 16:] == 0).all()) and bool((output[1, :, :16] != 0).any(dim=0).all())
+
+
+def test_the_intermediate_loss_over_tokens_spells_in_characters(tmp_path):
+    labels = [" ", *"abcdefghijklmnopqrstuvwxyz"]
+    model = build(tiny.bpe_config(tmp_path), encoder=CONFORMER, interctc=INNER, intermediate_labels=labels)
+    encode = SampledPieces(model.tokenizer, 0.3)
+    texts = [encode(TEXT), encode("the dog ran")]
+    targets = torch.nn.utils.rnn.pad_sequence([torch.tensor(t) for t in texts], batch_first=True)
+    characters, sizes = characters_of(targets, torch.tensor([len(t) for t in texts]), model.tokenizer, labels)
+    assert sizes.tolist() == [len(TEXT), 11] and not characters[1, 11:].any()
+    assert "".join(labels[c] for c in characters[0]) == TEXT
+    assert "".join(labels[c] for c in characters[1, :11]) == "the dog ran"
+    audio = torch.randn(2, 32000) * 0.1
+    step = [audio, torch.tensor([32000, 32000]), targets, torch.tensor([len(t) for t in texts]), ["a", "b"]]
+    model.training_step(step, 0)["loss"].backward()
+    assert float(model.character_decoder.decoder_layers[0].weight.grad.abs().sum()) > 0
+    model.save_to(str(tmp_path / "m.nemo"))
+    restored = ASRModel.restore_from(str(tmp_path / "m.nemo"))
+    assert restored.character_decoder.num_classes_with_blank == 28
+    assert build(tiny.bpe_config(tmp_path), encoder=CONFORMER, intermediate_labels=labels).character_decoder is None
 
 
 @pytest.mark.parametrize("rooms, noise", [(1.0, 0.0), (0.0, 1.0)])

@@ -46,7 +46,7 @@ def test_all_runs_have_the_same_recipe_but_for_the_processes(tmp_path, monkeypat
     assert devices.main(words) == 0
     one, four = ({w for w in seen[n, 1234] if not w.startswith("exp_manager")} for n in (1, 4))
     assert not any("," in word for words in seen.values() for word in words)  # Hydra would read a list
-    assert four - one == {"trainer=ddp", "trainer.accelerator=cpu", "trainer.devices=4"} and not one - four
+    assert four - one == {"trainer=cpu_ddp", "trainer.devices=4"} and not one - four
     assert {f"corpus.train={manifests[0]}", "a=b", "seed=1234"} <= one
 
 
@@ -60,3 +60,9 @@ def test_a_run_that_fails_is_one_line(tmp_path, capsys):
     error = capsys.readouterr().err.strip().splitlines()[-1]
     assert error.startswith("bench devices: training on 1 process(es) ended with status 2: ") and "deepspeech9" in error
     assert not (tmp_path / "o.json").exists()
+
+
+def test_one_process_is_always_there_and_not_to_be_asked_for(capsys):
+    with pytest.raises(SystemExit):
+        devices.main(["--processes", "1"])
+    assert "name the numbers above 1" in capsys.readouterr().err

@@ -24,7 +24,7 @@ from tools.report.curve import read_curve
 
 def command(options, folder: Path, processes: int, seed: int) -> list[str]:
     """One training in a process of its own."""
-    ddp = ["trainer=ddp", "trainer.accelerator=cpu", f"trainer.devices={processes}"]
+    ddp = ["trainer=cpu_ddp", f"trainer.devices={processes}"]
     where = [f"corpus.train={options.manifest}", f"corpus.validation={options.dev}"] if options.manifest else []
     return [
         sys.executable, "-m", "recipes.train", "--config-name", options.recipe, f"corpus={options.corpus}", *where,
@@ -110,4 +110,6 @@ def main(argv: Sequence[str] | None = None) -> int:
     chosen = options.parse_args(argv)
     if (chosen.manifest is None) != (chosen.dev is None):
         options.error("--manifest and --dev go together")
+    if min(chosen.processes) < 2:
+        options.error("--processes: one process is trained anyway; name the numbers above 1 to set beside it")
     return guarded("devices", lambda: run(chosen, argv))

@@ -150,7 +150,7 @@ def training_step_uses_it(subject):
     nearest = min(expected, key=lambda name: abs(expected[name] - own))
     near = abs(expected[nearest] - own) <= 2 * TOLERANCE * abs(expected[nearest])
     # Losses of inner layers are mixed into it: the whole then lies between them.
-    values = [value for _, value in step.calls]
+    values = [value for _, value in step.calls] + step.aside
     near = near or len(values) > 1 and min(values) * (1 - TOLERANCE) <= own <= max(values) * (1 + TOLERANCE)
     wrong = [] if step.given is None else _otherwise(step.given, truth)
     for inner, _ in step.calls[1:]:
@@ -217,6 +217,8 @@ class TrainingStep:
     Attributes:
         loss: what it returned, None where it does not run.
         calls: of each CTC loss computed in it, (log-probs, targets, input lengths, target lengths) and its value.
+        aside: values of CTC losses that are other modules than `model.loss`: of inner layers with labels of their own,
+            which no one else's targets can be held against.
         outputs: (log-probs (B', T, V+1), lengths (B')) of the one forward pass in it, None where there was another
             number of them.
         plain: the same (B) of the batch by a forward pass of one's own, with targets (B, S) and their lengths (B).
@@ -225,6 +227,7 @@ class TrainingStep:
     def __init__(self):
         self.loss: Tensor | None = None
         self.calls: list[tuple[tuple, float]] = []
+        self.aside: list[float] = []
         self.outputs: tuple[Tensor, Tensor] | None = None
         self.plain: tuple | None = None
         self.error = ""
@@ -299,9 +302,13 @@ def run_training_step(probe) -> TrainingStep:
             passes.append((result[0].detach().float(), result[1].detach()))
         return result
 
-    handle = None
+    handles = []
     if isinstance(own_loss, torch.nn.Module):
-        handle = own_loss.register_forward_hook(remember, with_kwargs=True)
+        handles = [own_loss.register_forward_hook(remember, with_kwargs=True)] + [
+            module.register_forward_hook(lambda module, args, value: step.aside.append(float(value.detach().sum())))
+            for module in model.modules()
+            if type(module) is type(own_loss) and module is not own_loss
+        ]
     held = {name: vars(model)[name] for name in STOOD_IN_FOR if name in vars(model)}
     try:
         stand_in_for_trainer(model)
@@ -315,7 +322,7 @@ def run_training_step(probe) -> TrainingStep:
     except Exception as error:  # anybody's training step
         step.error = f"{type(error).__name__}: {' '.join(str(error).split())[:150]}"
     finally:
-        if handle is not None:
+        for handle in handles:
             handle.remove()
         for name in STOOD_IN_FOR:
             vars(model).pop(name, None)

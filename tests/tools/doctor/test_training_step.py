@@ -6,6 +6,7 @@ torch = pytest.importorskip("torch")
 
 from torch.nn import functional as F
 
+from tests.recipes import tiny
 from tests.tools.doctor.test_model_probes import SMALL, stock
 from tools.doctor.engine import examine
 
@@ -28,11 +29,16 @@ def probe(model, families=("loss", "gradients")):
     ("deepspeech2", ["model.tempo=0.1"]),
     ("deepspeech2", ["model.consistency_weight=0.2", "model.tempo=0.2", "model.spec_augment.warp=0.1"]),
     ("conformer", INNER),
+    ("conformer_bpe", INNER),
+    ("deepspeech2", ["++model.interctc.loss_weights=[0.3]", "++model.interctc.apply_at_layers=[0]"]),
     ("deepspeech2", ["model.noise_and_rooms.room_probability=1", "model.noise_and_rooms.noise_probability=1",
                      "model.noise_and_rooms.snr_db=[0,5]", "model.train_ds.cache_features=false"]),
     ("conformer", ["model.consistency_weight=0.2", "model.tempo=0.1", *INNER]),
 ])
-def test_the_switches_of_our_recipes_are_no_fault(name, overrides):
+def test_the_switches_of_our_recipes_are_no_fault(name, overrides, tmp_path):
+    if name.endswith("_bpe"):
+        tiny.bpe_config(tmp_path)
+        overrides = [*overrides, f"model.tokenizer.dir={tmp_path}"]
     report = probe(recipe(name, *overrides))
     assert [f for f in report.findings if f.weight != "note"] == []
     assert {"loss-wrong", "no-gradient", "not-in-optimizer"} <= set(report.ruled_out)
