@@ -29,7 +29,7 @@ def cpu_precision() -> str:
 
 OmegaConf.register_new_resolver("cpu_precision", cpu_precision, replace=True)
 OmegaConf.register_new_resolver("len", lambda items: len(items), replace=True)
-OmegaConf.register_new_resolver("middle_block", lambda blocks: max(blocks // 2 - 1, 0), replace=True)  # from 0
+OmegaConf.register_new_resolver("middle_block", lambda blocks: max((blocks - 1) // 2, 0), replace=True)  # from 0
 
 
 WAVEFORM = ("room_probability", "noise_probability")  # of model.noise_and_rooms
@@ -188,12 +188,11 @@ def inner_layers_missing(model: DictConfig) -> str:
     encoder = model.encoder
     if not asked or not str(encoder.get("_target_")).startswith("recipes."):
         return ""
-    # DeepSpeech2's last recurrent layer is the output itself, DeepSpeech has but one
-    layers = encoder.n_layers if "n_layers" in encoder else encoder.get("rnn_layers", 1) - 1
+    layers = encoder.n_layers if "n_layers" in encoder else encoder.get("rnn_layers", 0)  # DeepSpeech leaves none
     if all(0 <= layer < layers for layer in asked):
         return ""
     return f"model.interctc.apply_at_layers={asked}: " + (
-        f"this encoder has inner layers 0 to {layers - 1}" if layers else "this encoder has no inner layers"
+        f"this encoder has layers 0 to {layers - 1}" if layers else "this encoder leaves no layers to it"
     ) + "; model.interctc=null goes without"
 
 

@@ -176,8 +176,8 @@ class DeepSpeech2Encoder(CTCEncoder):
     def forward(self, audio_signal: Tensor, length: Tensor):
         """Features (B, D, T) with lengths (B) in frames to (outputs (B, D', T'), encoded_lengths (B)).
 
-        The outputs of the recurrent layers, but the last, that NeMo's intermediate CTC asks for are left to it
-        (recipes/intermediate.py).
+        The outputs of the recurrent layers that NeMo's intermediate CTC asks for are left to it, normalised
+        (recipes/intermediate.py); its decoder is that of the last, so with ``feat_out`` it does not fit them.
         """
         length = length.long()
         x = masked_input(audio_signal, length).transpose(1, 2).unsqueeze(1)
@@ -190,13 +190,16 @@ class DeepSpeech2Encoder(CTCEncoder):
         capture, captured = layers_to_capture(self), {}
         for layer, (norm, rnn) in enumerate(zip(self.norms, self.rnns)):
             x = norm(x, mask_BT)
-            if layer - 1 in capture:  # the layer below, as this one is given it
+            if layer and layer - 1 in capture:  # the layer below, as this one is given it
                 captured[layer - 1] = x.masked_fill(~mask_BT[:, :, None], 0.0).transpose(1, 2)
             x = rnn(self.dropout(x), length, mask_BT)
-        leave_captured(self, captured, length)
         if self.look_ahead is not None:
             x = self.look_ahead(x)
-        x = self.dropout(self.out_norm(x, mask_BT))
+        x = self.out_norm(x, mask_BT)
+        if layer in capture:
+            captured[layer] = x.masked_fill(~mask_BT[:, :, None], 0.0).transpose(1, 2)
+        leave_captured(self, captured, length)
+        x = self.dropout(x)
         if self.projection is not None:
             x = F.hardtanh(self.projection(x), 0.0, 20.0)
         x = x.masked_fill(~mask_BT[:, :, None], 0.0)

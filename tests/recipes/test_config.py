@@ -40,7 +40,7 @@ def test_noise_and_rooms_are_for_waveforms(manifests):
     assert compose("deepspeech2", ["model.noise_and_rooms=null", *manifests]).model.noise_and_rooms is None
 
 
-@pytest.mark.parametrize("blocks, middle", [(1, 0), (2, 0), (4, 1), (6, 2), (17, 7)])
+@pytest.mark.parametrize("blocks, middle", [(1, 0), (2, 0), (4, 1), (6, 2), (17, 8)])
 def test_the_intermediate_loss_is_half_way_up_whatever_the_number_of_blocks(blocks, middle, manifests):
     cfg = compose("conformer", [f"model.encoder.n_layers={blocks}", *manifests])
     assert OmegaConf.to_container(cfg.model, resolve=True)["interctc"]["apply_at_layers"] == [middle]
@@ -82,8 +82,8 @@ INNER = "+model.interctc.loss_weights=[0.3]"
         ("deepspeech2", ["model.optim.lr=???"], ["missing mandatory value: model.optim.lr"]),
         ("deepspeech2", ["model.noise_and_rooms.noise_probability=0.5"], ["model.train_ds.cache_features=false"]),
         ("conformer", ["model.interctc.apply_at_layers=[4]"], ["apply_at_layers=[4]", "0 to 3", "model.interctc=null"]),
-        ("deepspeech2", [INNER, "+model.interctc.apply_at_layers=[2]"], ["apply_at_layers=[2]", "0 to 1"]),
-        ("deepspeech", [INNER, "+model.interctc.apply_at_layers=[0]"], ["no inner layers"]),
+        ("deepspeech2", ["model.interctc.apply_at_layers=[3]"], ["apply_at_layers=[3]", "0 to 2"]),
+        ("deepspeech", [INNER, "+model.interctc.apply_at_layers=[0]"], ["leaves no layers"]),
         ("conformer", ["model.tempo=1.1"], ["model.tempo=1.1"]),
         ("conformer_bpe", ["model.tokenizer.dir=x", "model.bpe_dropout=1"], ["model.bpe_dropout=1"]),
         ("conformer_bpe", [], ["missing mandatory value: model.tokenizer.dir"]),
