@@ -56,6 +56,7 @@ class _RecipeModel:
     """What both classes share; comes before NeMo's class in the order of resolution."""
 
     max_bad_batches = 10  # in a row
+    unit = "character"  # of the targets: what losses are a share of
 
     def __init__(self, cfg: DictConfig, trainer=None):
         # NeMo would set up data inside its constructor, before the encoder and our own state exist.
@@ -324,6 +325,8 @@ class CTCModelBPE(_RecipeModel, EncDecCTCModelBPE):
     With `intermediate_labels` (a list of characters) the intermediate CTC spells in them, with a decoder of its own:
     the lower layers learn the letters, the upper ones to put them together (Sanabria and Metze 2018, arXiv 1807.07104).
     """
+
+    unit = "token"
 
     def __init__(self, cfg: DictConfig, trainer=None):
         super().__init__(cfg=cfg, trainer=trainer)

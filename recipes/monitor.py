@@ -124,7 +124,7 @@ class Progress(Callback):
             left = (self.seconds - begin_seconds) / max(step - begin_step, 1) * (trainer.max_steps - step)
             wer = f"{self.validation['val_wer']:.1%}" if self.validation else "-"
             print(
-                f"step {step}/{trainer.max_steps}  loss {row['loss_per_char']:.3f} a character  val WER {wer}  "
+                f"step {step}/{trainer.max_steps}  loss {row['loss_per_char']:.3f} a {model.unit}  val WER {wer}  "
                 f"blank {row['blank_rate']:.0%}  lr {row['learning_rate']}  grad {row['grad_norm']}  "
                 f"{row['audio_seconds_per_second']:.0f} s audio/s  left {clock(left)}",
                 flush=True,
@@ -146,7 +146,7 @@ class Progress(Callback):
             row = {"step": trainer.global_step, "seconds": round(self.seconds + now - self._mark, 2)}
             self._append({**row, **{key: round(value, 5) for key, value in metrics.items()}})
             print(
-                f"step {trainer.global_step}  validation: loss {metrics['val_loss']:.3f} a character, "
+                f"step {trainer.global_step}  validation: loss {metrics['val_loss']:.3f} a {model.unit}, "
                 f"WER {metrics['val_wer']:.1%}, CER {metrics['val_cer']:.1%}, blank {metrics['val_blank_rate']:.0%}, "
                 f"after {clock(row['seconds'])}",
                 flush=True,

@@ -4,7 +4,7 @@ import json
 
 import pytest
 
-from tools.report.__main__ import commit, error_table, main
+from tools.report.__main__ import commit, error_table, main, report
 from tools.report.curve import draw, read_curve
 from tools.report.results import ROOT, page
 
@@ -100,3 +100,9 @@ def test_the_commit_is_the_one_that_trained(tmp_path):
     assert commit(tmp_path) == "c005aad"
     note.write_text(note.read_text() + "diff --git a/recipes/x.py b/recipes/x.py\n+changed\n")
     assert commit(tmp_path) == "c005aad+"
+
+
+@pytest.mark.parametrize("model, what", [("labels: [a]", "character"), ("tokenizer: {dir: x}", "token")])
+def test_losses_of_a_model_over_tokens_are_a_token(run, model, what):
+    (run / "config.yaml").write_text(f"name: conformer_bpe\ncorpus: {{name: mini}}\nmodel:\n  {model}\n")
+    assert f"nats a {what}." in report(run).read_text()

@@ -107,13 +107,13 @@ def learn_by_heart(model, rows: list[dict], lr: float, max_steps: int, device="c
         point = {"step": step, "seconds": round(seconds, 1), "loss": round(float(loss), 4), "wer": round(words.rate, 4)}
         curve.append(point)
         best = {"step": step, "seconds": round(seconds, 1), "loss": float(loss), "wer": words.rate}
-        print(f"   one batch: step {step}  loss {float(loss):.3f} a character  WER {words.rate:.1%}", flush=True)
+        print(f"   one batch: step {step}  loss {float(loss):.3f} a {model.unit}  WER {words.rate:.1%}", flush=True)
         if words.errors == 0:
             pairs = [{"utterance": i, "reference": r, "hypothesis": h} for i, r, h in zip(ids, references, texts)]
             return {**best, "utterances": len(ids), "curve": curve, "transcripts": pairs}
     raise RungFailed(
         f"one batch of {len(ids)} utterances was not learned by heart in {max_steps} steps: WER {best['wer']:.1%}, "
-        f"loss {best['loss']:.3f} a character. The fault is in the model, the targets or the loss, not in the amount "
+        f"loss {best['loss']:.3f} a {model.unit}. The fault is in the model, the targets or the loss, not in the amount "
         "of data"
     )
 

@@ -48,6 +48,14 @@ def error_table(metrics: dict) -> list[str]:
     return lines
 
 
+def unit(folder: Path) -> str:
+    """What the losses of a run are a share of: `token` where its configuration has a tokenizer, else `character`."""
+    import yaml
+
+    config = yaml.safe_load((folder / "config.yaml").read_text()) if (folder / "config.yaml").is_file() else {}
+    return "token" if config.get("model", {}).get("tokenizer") else "character"
+
+
 def training(folder: Path) -> list[str]:
     """Lines on how the run went, from curve.csv."""
     columns = read_curve(folder / "curve.csv")
@@ -58,7 +66,7 @@ def training(folder: Path) -> list[str]:
         loss = columns["loss_per_char"][-1][1]
         lines.append(
             f"Trained {int(step)} steps in {clock(seconds)}, {sum(speed) / max(len(speed), 1):.0f} s of audio a second, "
-            f"final loss {loss:.3f} nats a character."
+            f"final loss {loss:.3f} nats a {unit(folder)}."
         )
     return lines
 
@@ -79,7 +87,7 @@ def report(folder: Path) -> Path:
     """Writes report.md and curve.png into the run's folder; returns the former's path. Raises OSError, ValueError."""
     lines = [f"# {folder.name}", ""]
     lines += training(folder)
-    draw({folder.name: folder / "curve.csv"}, folder / "curve.png")
+    draw({folder.name: folder / "curve.csv"}, folder / "curve.png", unit(folder))
     if (folder / "check" / "one_batch.json").is_file():
         batch = json.loads((folder / "check" / "one_batch.json").read_text())["batch"]
         lines.append(f"One batch of {batch['utterances']} utterances was learned by heart in {batch['step']} steps.")

@@ -26,8 +26,8 @@ def read_curve(path: Path) -> dict[str, list[tuple[float, float]]]:
     return columns
 
 
-def draw(runs: dict[str, Path], out: Path) -> None:
-    """Writes a PNG with the curves of one or several runs, given as name to the run's curve.csv."""
+def draw(runs: dict[str, Path], out: Path, unit: str = "character") -> None:
+    """Writes a PNG with the curves of one or several runs, given as name to the run's curve.csv; losses a `unit`."""
     import matplotlib
 
     matplotlib.use("Agg")
@@ -38,7 +38,7 @@ def draw(runs: dict[str, Path], out: Path) -> None:
     figure, axes = plt.subplots(2, 2, figsize=(9.5, 6), sharex=True)
     colours = plt.get_cmap("tab10").colors
     panels = [
-        (axes[0, 0], "loss, nats a character", [("loss_per_char", "train", "-"), ("val_loss", "validation", "--")]),
+        (axes[0, 0], f"loss, nats a {unit}", [("loss_per_char", "train", "-"), ("val_loss", "validation", "--")]),
         (axes[0, 1], "validation error rate, %", [("val_wer", "WER", "-"), ("val_cer", "CER", "--")]),
         (axes[1, 0], "frames whose best symbol is blank, %",
          [("blank_rate", "train", "-"), ("val_blank_rate", "validation", "--")]),
@@ -57,7 +57,8 @@ def draw(runs: dict[str, Path], out: Path) -> None:
                     axis.plot(steps, [value * scale for value in values], style, color=colours[at], label=text or None,
                               linewidth=1.4, marker=marker, markersize=3)
             axis.set_title(title, loc="left", fontsize=9)
-    mark_letter_frequencies(axes[0, 0])
+    if unit == "character":
+        mark_letter_frequencies(axes[0, 0])
     axes[0, 0].set_ylim(bottom=0, top=6)
     for axis in (axes[0, 1], axes[1, 0]):
         axis.set_ylim(0, 105)
