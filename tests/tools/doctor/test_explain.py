@@ -407,7 +407,7 @@ def test_bands_are_made_again_from_curves_of_seeds(tmp_path):
 
 
 def test_outside_the_band_is_a_warning_and_no_more(tmp_path):
-    whole = config(1000, 100) | {"name": "deepspeech2", "corpus": {"name": "mini"}, "training": {}}
+    whole = config(2000, 100) | {"name": "deepspeech2", "corpus": {"name": "mini"}, "training": {}}
     rows = curve(400, loss=lambda s: 2.0, blank=lambda s: 0.3)
     report = explain(write_curve(tmp_path / "x", rows, whole))
     band = [f for f in report.findings if "healthy run of deepspeech2" in f.symptom]
