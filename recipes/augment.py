@@ -50,14 +50,13 @@ def warp_matrix(factors_B: Tensor, bins: int) -> Tensor:
     return (1 - distance_BDD).clamp(min=0)
 
 
-def change_tempo(features_BDT: Tensor, lengths_B: Tensor, tempo: float) -> tuple[Tensor, Tensor]:
-    """Features and lengths in frames, all slower or faster by one factor between 1 - ``tempo`` and 1 + ``tempo``.
+def change_tempo(features_BDT: Tensor, lengths_B: Tensor, factor: float) -> tuple[Tensor, Tensor]:
+    """Features and lengths in frames, all ``factor`` times as long: slower above 1, faster below.
 
     Frames are read at places stretched in time, between their two neighbours: what sox calls tempo, the pitch stays
     (with a warp of the frequencies the two are about the speed perturbation of Ko et al. 2015, Interspeech). It works
     on features that were computed once. Faster speech has fewer frames for its characters: mind the frame rate.
     """
-    factor = 1 + tempo * (2 * float(torch.rand(())) - 1)
     frames = max(round(features_BDT.shape[2] * factor), 1)
     stretched = F.interpolate(features_BDT, size=frames, mode="linear", align_corners=False)
     return stretched, (lengths_B * (frames / max(features_BDT.shape[2], 1))).round().to(lengths_B.dtype)

@@ -16,6 +16,7 @@ import copy
 import logging
 from dataclasses import dataclass, field
 
+import numpy as np
 import torch
 from nemo.collections.asr.models import EncDecCTCModel, EncDecCTCModelBPE
 from nemo.collections.asr.modules import ConvASRDecoder
@@ -76,6 +77,8 @@ class _RecipeModel:
         self.end_requested = lambda: False  # monitor.SaveLast puts the SIGTERM flag here
         self.end_agreed = False
         self._validation: list[dict] = []
+        self._seed = torch.initial_seed()
+        self._alike = np.random.default_rng(self._seed)  # draws that all devices have to share
 
     def _use_our_loss(self) -> None:
         self.loss = CTCLoss(
@@ -126,6 +129,13 @@ class _RecipeModel:
 
     # ---- training ------------------------------------------------------------------------------------------
 
+    def on_train_batch_start(self, batch, batch_idx):
+        """What a step draws (tempo, masks, dropout) follows from the seed, the step and the device alone: a run that was
+        cut off and goes on draws what a whole one would have drawn."""
+        step = [self._seed, self.trainer.global_step, batch_idx % self.trainer.accumulate_grad_batches]
+        self._alike = np.random.default_rng(step)
+        torch.manual_seed(int(np.random.default_rng([*step, self.global_rank]).integers(2**63)))
+
     def training_step(self, batch, batch_idx):
         signals, signal_lengths, targets_BS, target_lengths, ids = batch
         self._remember_running_statistics()
@@ -141,7 +151,8 @@ class _RecipeModel:
             features_BDT, feature_lengths = self.preprocessor(input_signal=audio_BT, length=signal_lengths)
             signals_a_second = self.preprocessor._sample_rate
         if tempo := self._cfg.get("tempo", 0.0):
-            features_BDT, feature_lengths = change_tempo(features_BDT, feature_lengths, tempo)
+            factor = 1 + tempo * self._alike.uniform(-1, 1)  # one for all devices, which wait for the slowest
+            features_BDT, feature_lengths = change_tempo(features_BDT, feature_lengths, factor)
         features_BDT = round_up_frames(features_BDT)
         if consistency:
             features_BDT, feature_lengths, targets_BS, target_lengths = two_views(

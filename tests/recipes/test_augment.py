@@ -42,19 +42,16 @@ def test_a_warp_that_cannot_be_is_one_line(warp):
 
 
 def test_tempo_stretches_features_and_lengths_together_and_padding_stays_behind():
-    torch.manual_seed(0)
     ramp = torch.arange(200.0).repeat(2, 3, 1)
     ramp[1, :, 150:] = -1000.0  # padding
-    factors = set()
-    for _ in range(50):
-        x, lengths = change_tempo(ramp, torch.tensor([200, 150]), 0.1)
+    for asked in (0.9, 0.932, 1.0, 1.017, 1.1):
+        x, lengths = change_tempo(ramp, torch.tensor([200, 150]), asked)
         factor = x.shape[2] / 200
-        factors.add(factor)
+        assert abs(factor - asked) <= 0.5 / 200
         assert lengths.tolist() == [x.shape[2], round(150 * factor)] and lengths.dtype == torch.int64
         places = (torch.arange(x.shape[2]) + 0.5) / factor - 0.5
         torch.testing.assert_close(x[0, 0], places.clamp(0, 199), atol=1e-3, rtol=0)
         assert (x[1, :, int(lengths[1]) + 1 :] < -500).all() and (x[1, :, : int(lengths[1]) - 1] >= 0).all()
-    assert 0.9 <= min(factors) < 0.93 and 1.07 < max(factors) <= 1.1
 
 
 @pytest.mark.parametrize("frames, rounded", [(1, 16), (16, 16), (17, 32), (400, 400)])

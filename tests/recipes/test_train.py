@@ -24,8 +24,7 @@ STEPS = 24
 TINY = [
     "--config-name", "deepspeech2",
     "model.encoder.conv_channels=[4,4]", "model.encoder.rnn_layers=1", "model.encoder.rnn_hidden=24",
-    "model.encoder.conv_norm=layer", "model.encoder.dropout=0", "model.spec_augment=null", "model.tempo=0",
-    "model.preprocessor.dither=0",
+    "model.encoder.conv_norm=layer", "model.encoder.dropout=0.05", "model.preprocessor.dither=0",
     "model.preprocessor.features=20", f"trainer.max_steps={STEPS}", "trainer.log_every_n_steps=1", "logger=csv",
     "corpus.bucket_duration_bins=[2.0]", "training.global_batch_seconds=8", "model.train_ds.num_workers=0",
 ]
