@@ -59,7 +59,7 @@ def fetch(name: str, data: Path | None = None, mirror: str | None = None) -> Pat
     from manifests.download import download_subset
 
     for subset in needed:
-        download_subset(subset, base, **({"mirror": mirror} if mirror else {}))
+        download_subset(base, subset, mirror)
     return find_root(base)
 
 

@@ -27,6 +27,7 @@ from recipes.threads import give_back_memory, set_threads
 
 ROOT = Path(__file__).resolve().parents[2]
 RESULTS = Path(__file__).resolve().parent / "results"
+TITLE = "# Benchmarks"
 TABLES = "README.md"  # beside the JSON files, made from all of them
 
 
@@ -219,16 +220,21 @@ def save(out: Path, name: str, doc: str, argv: Sequence[str], machine: dict, hea
         **figures,
     }
     write_atomic(out, f"{json.dumps(result, indent=1)}\n".encode())
-    write_atomic(out.parent / TABLES, tables(out.parent).encode())
+    page = out.parent / TABLES
+    if not page.exists() or page.read_text().startswith(TITLE):  # not somebody's own
+        write_atomic(page, tables(out.parent).encode())
     return result
 
 
 def tables(folder: Path) -> str:
     """All results of a folder as one page of Markdown."""
-    parts = ["# Benchmarks", "", "Made by `python -m tools.bench NAME` from the JSON files beside it: do not edit."]
+    parts = [TITLE, "", "Made by `python -m tools.bench NAME` from the JSON files beside it: do not edit."]
     for path in sorted(folder.glob("*.json")):
-        result = json.loads(path.read_text())
-        if "table" not in result:
+        try:
+            result = json.loads(path.read_text())
+        except ValueError:  # not one of ours
+            continue
+        if not isinstance(result, dict) or "table" not in result:
             continue
         machine, table = result["machine"], result["table"]
         versions = ", ".join(f"{name} {version}" for name, version in machine["versions"].items())

@@ -190,6 +190,9 @@ def check_equal(ours: Side, theirs: Side, batch: FeatureBatch, grads_as_theirs: 
     for side in (ours, theirs):
         precision, side.precision = side.precision, "32"
         side.encoder.eval()
+        for module in side.encoder.modules():
+            if isinstance(module, nn.RNNBase) and not module.dropout:
+                module.train()  # cuDNN computes no gradients otherwise
         side.optimizer.zero_grad(set_to_none=True)
         log_probs, lengths = side.log_probs(batch)
         side.loss(log_probs, batch.targets, lengths, batch.target_lengths).backward()

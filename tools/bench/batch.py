@@ -256,6 +256,7 @@ def _run(args, argv) -> None:
     with manifest_or_noise(None, 1) as any_manifest:  # no audio of the corpus is needed
         cfg = compose_recipe(args.recipe, args.corpus, any_manifest, *args.override)
     if device.type == "cuda":
+        device = torch.device("cuda", torch.cuda.current_device() if device.index is None else device.index)
         torch.cuda.set_per_process_memory_fraction(args.share, device)
         limit, total = None, torch.cuda.get_device_properties(device).total_memory * args.share
     else:

@@ -232,6 +232,9 @@ class Probe:
                 if calibrate and not train and any("running_mean" in name for name, _ in self.model.named_buffers()):
                     self.calibrate()
                 self.model.train(train)
+                for module in self.model.modules():
+                    if type(module) in (nn.GRU, nn.LSTM, nn.RNN):  # the same in both modes without dropout, and cuDNN
+                        module.train()  # computes gradients in training mode only
                 with NoDropout():
                     yield
             finally:

@@ -27,14 +27,19 @@ def gather(exp: Path, weights: bool = True) -> list[tuple[str, Path | bytes]]:
     found: list[tuple[str, Path | bytes]] = []
     for pattern in SMALL:
         for run in runs:
-            for path in sorted(run.glob(pattern)):
+            for path in _whole(run, pattern):
                 data: Path | bytes = path
                 if path.suffix == ".log" and path.stat().st_size > LOG_BYTES:
                     data = path.read_bytes()[-LOG_BYTES:]
                 found.append((f"{run.name}/{path.relative_to(run)}", data))
     if weights:
-        found += [(f"{run.name}/{path.name}", path) for run in runs for path in sorted(run.glob("*-fp16.nemo"))]
+        found += [(f"{run.name}/{path.name}", path) for run in runs for path in _whole(run, "*-fp16.nemo")]
     return found
+
+
+def _whole(run: Path, pattern: str) -> list[Path]:
+    """Files without those whose names begin with a dot: they are being written."""
+    return [path for path in sorted(run.glob(pattern)) if not path.name.startswith(".")]
 
 
 def collect(exp: Path, out: Path, part_size: int, files: int, weights: bool = True) -> list[str]:

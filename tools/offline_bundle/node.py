@@ -43,7 +43,7 @@ def list_packages() -> str:
 def run_unpack(folders: list[Path], dest: Path) -> int:
     """Unpacks what has arrived; 0 when the bundle is whole, EXIT_WAITING when parts are missing, 1 for damaged ones."""
     known = dest / STATE / "incoming"
-    index = read_index([*folders, known] if not any(folder.glob("*.json") for folder in folders) else folders)
+    index = read_index([*folders, known] if not any(any(folder.glob("*.json")) for folder in folders) else folders)
     write_atomic(known / f"{index['stem']}.json", (json.dumps(index) + "\n").encode())
     for other in known.glob("*.json"):
         if other.name != f"{index['stem']}.json":

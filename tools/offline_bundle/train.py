@@ -316,6 +316,7 @@ def run_all(jobs: list[Job], stop_after: float | None = None) -> int:
 
 
 def _as_cut(signum, frame):
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)  # a second one must not interrupt the training's saving
     raise Cut
 
 

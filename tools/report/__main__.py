@@ -71,11 +71,13 @@ def training(folder: Path) -> list[str]:
     return lines
 
 
-def transcripts(metrics: dict) -> list[str]:
-    """Reference and hypothesis of a few utterances of each manifest, spread over it."""
+def transcripts(metrics: dict, folder: Path) -> list[str]:
+    """Reference and hypothesis of a few utterances of each manifest, spread over it; `folder` holds the predictions
+    of a run that came from elsewhere."""
     lines = []
     for part in metrics["manifests"]:
-        rows = [row for row in read_manifest(part["predictions"]) if row["text"]]
+        path = Path(part["predictions"])
+        rows = [row for row in read_manifest(path if path.is_file() else folder / path.name) if row["text"]]
         lines.append(f"{part['name']}:")
         for at in range(min(PAIRS, len(rows))):
             row = rows[(2 * at + 1) * len(rows) // (2 * PAIRS)]
@@ -96,8 +98,8 @@ def report(folder: Path) -> Path:
     metrics_path = folder / "evaluation" / "metrics.json"
     if metrics_path.is_file():
         metrics = json.loads(metrics_path.read_text())
-        lines += ["", *error_table(metrics), "", "```", *transcripts(metrics), "```"]
-    kept = ["config.yaml", "curve.csv", "curve.png", "evaluation", *sorted(path.name for path in folder.glob("*.nemo"))]
+        lines += ["", *error_table(metrics), "", "```", *transcripts(metrics, metrics_path.parent), "```"]
+    kept = ["config.yaml", "curve.csv", "curve.png", "evaluation", *sorted(path.name for path in folder.glob("[!.]*.nemo"))]
     outputs = [name for name in kept if (folder / name).exists()]
     lines += ["", f"Outputs in `{folder}`: {', '.join(outputs)}."]
     out = folder / "report.md"
@@ -118,7 +120,7 @@ def publish(folder: Path, results: Path, command: str) -> Path:
     recipe, corpus = config["name"], config["corpus"]["name"]
     name = corpus if recipe == results.resolve().parent.name else f"{recipe}_{corpus}"
     metrics = json.loads((folder / "evaluation" / "metrics.json").read_text())
-    kept = {"recipe": recipe, "corpus": corpus, "command": command, "commit": commit(folder), "hardware": hardware()}
+    kept = {"recipe": recipe, "corpus": corpus, "command": command, "commit": commit(folder), "hardware": hardware(folder)}
     kept |= {key: metrics[key] for key in ("parameters", "decoding", "normalisation", "interval", "overall")}
     kept["manifests"] = [
         {key: value for key, value in part.items() if key not in ("manifest", "predictions")}
@@ -137,6 +139,8 @@ def commit(folder: Path | None = None) -> str:
 
     Of the checkout as it is now where the run left no note; "unknown" outside git.
     """
+    if found := elsewhere(folder).get("commit"):
+        return found[:7]
     note = folder / "git-info.log" if folder else None
     if note and note.is_file():
         found = re.match(r"commit hash: ([0-9a-f]{7})[0-9a-f]*\n(.*)", note.read_text(), re.DOTALL)
@@ -149,8 +153,17 @@ def commit(folder: Path | None = None) -> str:
     return named.stdout.strip()
 
 
-def hardware() -> str:
-    """Processor and cores as Linux names them, or the GPU where there is one."""
+def elsewhere(folder: Path | None) -> dict:
+    """What a node of tools.offline_bundle noted of a run that it trained and sent home, else nothing."""
+    note = folder / "offline" / "plan.json" if folder else None
+    return json.loads(note.read_text()) if note and note.is_file() else {}
+
+
+def hardware(folder: Path | None = None) -> str:
+    """What `folder` was trained on where a node noted it; else processor and cores as Linux names them, or the GPU
+    where there is one."""
+    if found := elsewhere(folder).get("hardware"):
+        return found
     try:
         lines = Path("/proc/cpuinfo").read_text().splitlines()
     except OSError:

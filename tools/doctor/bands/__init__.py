@@ -30,7 +30,7 @@ def learn(curves: list[Path], recipe: str, corpus: str) -> dict:
     At each step the lowest and the highest value of any run between step / 1.4 and step * 1.4, widened by a margin
     that shrinks with the number of runs. Raises ValueError for a file without a curve.
     """
-    runs = [_read(path) for path in curves]
+    runs = [read_curve(path) for path in curves]
     margin = MARGIN.get(len(runs), 0.15)
     columns: dict[str, dict[str, list[float]]] = {}
     for column in COLUMNS:
@@ -49,7 +49,8 @@ def learn(curves: list[Path], recipe: str, corpus: str) -> dict:
         "columns": columns}
 
 
-def _read(path: Path) -> dict[str, list[tuple[int, float]]]:
+def read_curve(path: Path) -> dict[str, list[tuple[int, float]]]:
+    """Column to (step, value) of a curve.csv. Raises OSError, and ValueError naming the line where it holds no numbers."""
     columns: dict[str, list[tuple[int, float]]] = {}
     with open(path, newline="", encoding="utf-8") as file:
         for number, row in enumerate(csv.DictReader(file), 2):
