@@ -10,7 +10,9 @@ from tools.report.results import ROOT, page
 
 HEADER = ("step,seconds,loss,loss_per_char,blank_rate,learning_rate,grad_norm,audio_seconds_per_second,memory_mb,"
           "val_loss,val_wer,val_cer,val_blank_rate\n")
-CURVE = HEADER + "10,2.5,3.1,3.1,0.9,0.001,2.0,80,900,,,,\n20,5.0,2.5,2.5,0.5,0.002,1.5,82,900,,,,\n20,6.0,,,,,,,,2.4,0.8,0.3,0.4\n"
+CURVE = HEADER + ("10,2.5,3.1,3.1,0.9,0.001,2.0,80,900,,,,\n20,5.0,2.5,2.5,0.5,0.002,1.5,82,900,,,,\n"
+                  "20,6.0,,,,,,,,2.4,0.8,0.3,0.4\n")
+HOW = {"decoding": "greedy CTC", "normalisation": "lower case", "interval": "bootstrap"}
 
 
 @pytest.fixture
@@ -33,7 +35,7 @@ def run(tmp_path):
 def test_published_results_name_command_and_hardware_and_no_path(run, tmp_path, capsys):
     (run / "config.yaml").write_text("name: conformer_bpe\ncorpus: {name: mini}\n")
     metrics = json.loads((run / "evaluation" / "metrics.json").read_text())
-    metrics |= {"parameters": 2_000_000, "decoding": "greedy CTC", "normalisation": "lower case", "interval": "bootstrap"}
+    metrics |= {"parameters": 2_000_000, **HOW}
     (run / "evaluation" / "metrics.json").write_text(json.dumps(metrics))
     kept = tmp_path / "recipes" / "conformer_bpe" / "results"
     assert main([str(run), "--publish", str(kept), "--command", "./run.sh"]) == 0
@@ -50,8 +52,26 @@ def test_published_results_name_command_and_hardware_and_no_path(run, tmp_path, 
     assert {path.name for path in beside.iterdir()} == {f"conformer_bpe_mini{s}" for s in (".csv", ".png", ".json")}
     text = page(tmp_path)
     assert "## mini" in text and "recipes/conformer/results/conformer_bpe_mini.png" in text
-    for words in ("| test | 1 | 50.0 (50.0 to 50.0) | 33.3 |", "2.0 M | 20 | 0.1 min", "`./run.sh --model conformer_bpe`"):
+    for words in ("| test | 1 | 50.0 (50.0 to 50.0) | 33.3 |", "2.0 M | 20 | 0.1 min",
+                  "`./run.sh --model conformer_bpe`"):
         assert words in text
+
+
+def test_a_run_that_came_home_from_a_node_is_told_as_it_was_trained_there(run, tmp_path):
+    (run / "config.yaml").write_text("name: deepspeech2\ncorpus: {name: librispeech_8h}\n")
+    (run / "offline").mkdir()
+    (run / "offline" / "plan.json").write_text(json.dumps({"commit": "308a08974ef6", "hardware": "NVIDIA H100"}))
+    metrics = json.loads((run / "evaluation" / "metrics.json").read_text())
+    metrics |= {"parameters": 1, **HOW}
+    metrics["manifests"][0]["predictions"] = "/node/exp/deepspeech2_mini/evaluation/predictions_test.json"
+    (run / "evaluation" / "metrics.json").write_text(json.dumps(metrics))
+    (run / ".deepspeech2.nemo").write_bytes(b"half")
+    assert main([str(run), "--publish", str(tmp_path / "results"), "--command", "all"]) == 0
+    text = (run / "report.md").read_text()
+    assert "reference   a b" in text and ".deepspeech2.nemo" not in text
+    [path] = (tmp_path / "results").glob("*.json")
+    kept = json.loads(path.read_text())
+    assert (kept["commit"], kept["hardware"]) == ("308a089", "NVIDIA H100")
 
 
 def test_the_results_page_is_that_of_the_published_runs():

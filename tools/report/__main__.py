@@ -3,8 +3,8 @@
 `--publish recipes/deepspeech2/results --command "./run.sh"` also keeps what belongs into the repository: the curve as
 CSV and PNG, and a JSON of the error counts with command, commit and hardware, without any path of this machine.
 
-Reads evaluation/metrics.json with its predictions, curve.csv, check/one_batch.json and average.json of the run's folder;
-what is not there is left out. The page with findings and plots is the doctor's.
+Reads evaluation/metrics.json with its predictions, curve.csv, check/one_batch.json and average.json of the run's
+folder; what is not there is left out. The page with findings and plots is the doctor's.
 """
 
 from __future__ import annotations
@@ -41,9 +41,9 @@ def error_table(metrics: dict) -> list[str]:
         low, high = part["wer_interval"] or (float("nan"), float("nan"))
         words = part["words"]
         lines.append(
-            f"| {part['name']} | {part['utterances']} | {100 * part['wer']:.2f} | {100 * low:.2f} to {100 * high:.2f} | "
-            f"{100 * part['cer']:.2f} | {words['substitutions']} | {words['deletions']} | {words['insertions']} | "
-            f"{words['reference']} |"
+            f"| {part['name']} | {part['utterances']} | {100 * part['wer']:.2f} | "
+            f"{100 * low:.2f} to {100 * high:.2f} | {100 * part['cer']:.2f} | {words['substitutions']} | "
+            f"{words['deletions']} | {words['insertions']} | {words['reference']} |"
         )
     return lines
 
@@ -65,8 +65,8 @@ def training(folder: Path) -> list[str]:
         speed = [value for _, value in columns.get("audio_seconds_per_second", [])]
         loss = columns["loss_per_char"][-1][1]
         lines.append(
-            f"Trained {int(step)} steps in {clock(seconds)}, {sum(speed) / max(len(speed), 1):.0f} s of audio a second, "
-            f"final loss {loss:.3f} nats a {unit(folder)}."
+            f"Trained {int(step)} steps in {clock(seconds)}, "
+            f"{sum(speed) / max(len(speed), 1):.0f} s of audio a second, final loss {loss:.3f} nats a {unit(folder)}."
         )
     return lines
 
@@ -99,7 +99,8 @@ def report(folder: Path) -> Path:
     if metrics_path.is_file():
         metrics = json.loads(metrics_path.read_text())
         lines += ["", *error_table(metrics), "", "```", *transcripts(metrics, metrics_path.parent), "```"]
-    kept = ["config.yaml", "curve.csv", "curve.png", "evaluation", *sorted(path.name for path in folder.glob("[!.]*.nemo"))]
+    weights = sorted(path.name for path in folder.glob("[!.]*.nemo"))
+    kept = ["config.yaml", "curve.csv", "curve.png", "evaluation", *weights]
     outputs = [name for name in kept if (folder / name).exists()]
     lines += ["", f"Outputs in `{folder}`: {', '.join(outputs)}."]
     out = folder / "report.md"
@@ -120,7 +121,8 @@ def publish(folder: Path, results: Path, command: str) -> Path:
     recipe, corpus = config["name"], config["corpus"]["name"]
     name = corpus if recipe == results.resolve().parent.name else f"{recipe}_{corpus}"
     metrics = json.loads((folder / "evaluation" / "metrics.json").read_text())
-    kept = {"recipe": recipe, "corpus": corpus, "command": command, "commit": commit(folder), "hardware": hardware(folder)}
+    kept = {"recipe": recipe, "corpus": corpus, "command": command}
+    kept |= {"commit": commit(folder), "hardware": hardware(folder)}
     kept |= {key: metrics[key] for key in ("parameters", "decoding", "normalisation", "interval", "overall")}
     kept["manifests"] = [
         {key: value for key, value in part.items() if key not in ("manifest", "predictions")}
@@ -168,7 +170,8 @@ def hardware(folder: Path | None = None) -> str:
         lines = Path("/proc/cpuinfo").read_text().splitlines()
     except OSError:
         lines = []
-    model = next((line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")), "unknown processor")
+    named = (line.split(":", 1)[1].strip() for line in lines if line.startswith("model name"))
+    model = next(named, "unknown processor")
     if shutil.which("nvidia-smi"):
         query = ["nvidia-smi", "--query-gpu=name", "--format=csv,noheader"]
         gpus = subprocess.run(query, capture_output=True, text=True)
