@@ -183,6 +183,37 @@ def test_batch_of_a_character_model(recipe, tmp_path, capsys):
     assert "a batch can hold" in capsys.readouterr().out
 
 
+@pytest.mark.parametrize("recipe", ["conformer", "conformer_bpe"])
+def test_a_step_of_batch_is_the_recipes_own_at_its_slowest(recipe, noise, tmp_path, monkeypatch):
+    from nemo.collections.asr.parts.mixins.interctc_mixin import InterCTCMixin
+
+    from recipes import ctc_model
+
+    seen, two_views, inner_losses = [], ctc_model.two_views, InterCTCMixin.add_interctc_losses
+
+    def views(features, lengths, *targets):
+        seen.append((tuple(features.shape), set(lengths.tolist())))
+        return two_views(features, lengths, *targets)
+
+    def inner(self, *args, **options):
+        seen.append("intermediate")
+        return inner_losses(self, *args, **options)
+
+    monkeypatch.setattr(ctc_model, "two_views", views)
+    monkeypatch.setattr(InterCTCMixin, "add_interctc_losses", inner)
+    words = ["model.consistency_weight=0.2", "model.tempo=0.25", *SMALL]
+    if recipe == "conformer_bpe":
+        tiny.bpe_config(tmp_path)
+        words.append(f"model.tokenizer.dir={tmp_path}")
+    for cached in ("true", "false"):  # features and audio
+        seen.clear()
+        cfg = compose_recipe(recipe, "mini", noise, f"model.train_ds.cache_features={cached}", *words)
+        batch.make_step(cfg, CPU, "32", 12.0)(4.0, 3)
+        # the first step is of one utterance of 2 s; 400 frames (or 401) at the slowest tempo are 500 (or 501)
+        (first, _), _, (shape, lengths), last = seen
+        assert first[0] == 1 and shape == (3, 80, 512) and lengths <= {500, 501} and last == "intermediate"
+
+
 def test_targets_are_as_dense_as_the_manifests(noise, tmp_path):
     rows = [{"audio_filepath": "x", "duration": d, "text": "a" * n} for d, n in ((2.0, 10), (2.0, 36), (0.2, 30))]
     assert batch.densest(tiny.write_rows(tmp_path / "m.json", rows)) == 18

@@ -3,20 +3,23 @@
     python -m tools.bench batch --recipe conformer --corpus librispeech_960h --device cuda --override size=full
     python -m tools.bench batch --recipe deepspeech2 --corpus mini --device cpu --limit-gib 4
 
-Whole train steps (features, network, CTC, backward, optimizer) on noise of a bucket's full length, with targets as
-dense as the corpus has them: the memory of a batch depends on shapes alone. The bucket of the longest utterances is
-searched first, by doubling and bisection; the others are then tried at what it gave, and searched where that is too
-much. The least of all is what `training.global_batch_seconds` may be on one device. On a GPU a batch is too large where
-CUDA has no memory left of --share; on a CPU where the process' peak passes --limit-gib, which is approached from below,
-each next step by what the last ones took. Characters and sentencepiece tokens alike.
+Whole train steps of the recipe's own model (network, CTC, backward, clipping, optimizer) on noise of a bucket's full
+length at the slowest tempo that the recipe may draw, with targets as dense as the corpus has them: the memory of a
+batch depends on shapes alone. The bucket of the longest utterances is searched first, by doubling and bisection; the
+others are then tried at what it gave, and searched where that is too much. The least of all is what
+`training.global_batch_seconds` may be on one device. On a GPU a batch is too large where CUDA has no memory left of
+--share; on a CPU where the process' peak passes --limit-gib, which is approached from below, each next step by what the
+last ones took. Characters and sentencepiece tokens alike.
 """
 
 from __future__ import annotations
 
+import copy
 import os
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
+from types import SimpleNamespace
 from typing import NamedTuple
 
 from manifests.report import table
@@ -101,29 +104,54 @@ def search(buckets: Sequence[float], probe: Callable[[float, int], Probe], limit
 
 
 def make_step(cfg, device, precision: str, density: float) -> Callable[[float, int], None]:
-    """Function (bucket in seconds, utterances): one train step of the recipe, after a short one that has been made."""
+    """Function (bucket in seconds, utterances): one train step of the recipe, after a short one that has been made.
+
+    The step is the recipe's model's own `training_step` with all that the recipe asks for (masks, intermediate CTC, two
+    views), on features where the recipe keeps them and on audio elsewhere, always at the slowest tempo it may draw.
+    """
     import torch
+    from nemo.core.classes.mixins import AccessMixin
+    from omegaconf import OmegaConf
 
-    from tools.bench._training import FeatureBatch, make_preprocessor, recipe_side
+    from recipes.train import build_model
 
-    side = recipe_side(cfg, device, precision)
-    preprocessor = make_preprocessor(cfg).to(device)
-    labels, rate = vocabulary_size(cfg), cfg.model.sample_rate
+    cfg = copy.deepcopy(cfg)
+    train, clip, rate = cfg.model.train_ds, cfg.trainer.gradient_clip_val, cfg.model.sample_rate
+    cached, longest = bool(train.get("cache_features")), float(train.max_duration)
+    cfg.model.train_ds = cfg.model.validation_ds = None  # it steps over noise: no data is opened
+    torch.manual_seed(0)
+    model = build_model(cfg).to(device).train()
+    model.log = model.log_dict = lambda *args, **kwargs: None  # there is no trainer
+    model._alike = SimpleNamespace(uniform=lambda low, high: high)
+    optim = OmegaConf.to_container(cfg.model.optim, resolve=True) | {"lr": 1e-9}  # no step shall spoil the next one
+    optim.pop("sched", None)
+    optimizer, _ = model.setup_optimization(OmegaConf.create(optim))
+    encode, letters = model.training_text_encoder(), [label for label in cfg.model.labels if label.strip()]
 
     def step(bucket: float, utterances: int) -> None:
-        side.optimizer.zero_grad(set_to_none=True)
+        optimizer.zero_grad(set_to_none=True)
+        AccessMixin.reset_registry(model)  # a step that found no memory has left its layers' outputs there
         generator = torch.Generator().manual_seed(0)
-        samples = round(bucket * rate)
-        audio = torch.randn(utterances, samples, generator=generator).mul_(0.1).to(device)
-        lengths = torch.full((utterances,), samples, device=device)
-        with torch.no_grad():
-            features, frames = preprocessor(input_signal=audio, length=lengths)
-        del audio
-        count = max(round(bucket * density), 1)
-        targets = torch.randint(labels, (utterances, count), generator=generator).to(device)
-        side.step(FeatureBatch(features, frames, targets, torch.full((utterances,), count, device=device), 0.0))
+        signals = torch.randn(1, round(bucket * rate), generator=generator).mul_(0.1).to(device)
+        lengths = torch.tensor([signals.shape[1]], device=device)
+        if cached:
+            with torch.no_grad():
+                signals, lengths = model.preprocessor(input_signal=signals, length=lengths)
+            signals = signals[:, :, : int(lengths)]
+        text = torch.randint(len(letters), (max(round(bucket * density), 1),), generator=generator)
+        tokens = torch.tensor(encode("".join(letters[i] for i in text.tolist())), dtype=torch.long, device=device)
+        sizes = torch.full((utterances,), len(tokens), device=device)
+        # All alike: what a step takes depends on shapes alone.
+        signals = signals.expand(utterances, *signals.shape[1:]).clone()
+        batch = signals, lengths.repeat(utterances), tokens.repeat(utterances, 1), sizes, ["noise"] * utterances
+        with torch.autocast(device.type, torch.bfloat16, enabled=precision == "bf16-mixed"):
+            loss = model.training_step(batch, 0)["loss"]
+        loss.backward()
+        model.on_before_optimizer_step(optimizer)
+        model.configure_gradient_clipping(optimizer, clip)
+        optimizer.step()
 
-    step(min(2.0, cfg.model.train_ds.max_duration), 1)  # the state of the optimizer
+    step(min(2.0, longest), 1)  # the state of the optimizer
     return step
 
 
@@ -197,17 +225,11 @@ def aloud(probe: Callable[[float, int], Probe]) -> Callable[[float, int], Probe]
     return told
 
 
-def vocabulary_size(cfg) -> int:
-    """Labels of the recipe's CTC head, without the blank."""
+def check_tokenizer(cfg) -> None:
+    """Raises BenchError where the recipe's tokenizer is not there."""
     tokenizer = cfg.model.get("tokenizer")
-    if not tokenizer:
-        return len(cfg.model.labels)
-    import sentencepiece
-
-    path = Path(tokenizer.dir) / "tokenizer.model"
-    if not path.is_file():
+    if tokenizer and not (Path(tokenizer.dir) / "tokenizer.model").is_file():
         raise BenchError(f"model.tokenizer.dir={tokenizer.dir}: no tokenizer.model: run python -m manifests.tokenizer")
-    return sentencepiece.SentencePieceProcessor(model_file=str(path)).get_piece_size()
 
 
 def densest(manifest: Path | None) -> float:
@@ -248,6 +270,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 def _run(args, argv) -> None:
     import torch
 
+    import recipes.ctc_model  # noqa: F401  NeMo with it: else each probe on a CPU would import it anew
     from tools.bench._training import compose_recipe, manifest_or_noise, precision_of, start
 
     device, machine = start(args.device)
@@ -265,7 +288,7 @@ def _run(args, argv) -> None:
     def make():
         return make_step(cfg, device, precision, density)
 
-    vocabulary_size(cfg)  # what is missing is said before anything is tried
+    check_tokenizer(cfg)  # what is missing is said before anything is tried
     probe = cuda_probe(make(), device) if limit is None else cpu_probe(make, limit)
     found = search(buckets_of(cfg), aloud(probe), limit)
     probes = found["probes"]
