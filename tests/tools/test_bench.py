@@ -57,7 +57,9 @@ def test_a_short_bench_on_real_speech(librispeech_sample, tmp_path, capsys):
     assert "55 utterances, 1 rounds" in shown and "lhotse prepare_librispeech" in shown
     saved = json.loads(out.read_text())
     assert saved["utterances"] == 55 and saved["summary"][OURS]["cpu_utt_per_s"] > 0
-    assert str(librispeech_sample) not in out.read_text()
+    page = (tmp_path / "README.md").read_text()
+    assert "## bench" in page and f"| {OURS} |" in page and "python -m tools.bench manifests --tree" in page
+    assert str(librispeech_sample.parent) not in out.read_text() + page
 
 
 def test_an_unknown_bench_or_subset_is_named(librispeech_sample, capsys):

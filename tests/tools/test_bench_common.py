@@ -1,13 +1,14 @@
 """What the benches share: turns, ratios within pairs, memory, files with their table; and the search for a batch."""
 
 import json
+import re
 import subprocess
 import sys
 
 import pytest
 
 from tests.conftest import ROOT
-from tools.bench import batch
+from tools.bench import _common, batch, fresh
 from tools.bench._common import (
     BenchError, Cost, fair_clock, guarded, measure, ratios, reset_peak, rss, save, shown, spread, take_turns
 )
@@ -69,6 +70,68 @@ def test_a_result_names_no_folder_and_its_table_stands_beside_it(tmp_path):
     assert "/some" not in page and str(tmp_path) not in page + (tmp_path / "a.json").read_text()
 
 
+def test_what_is_not_a_benchs_is_left_alone(tmp_path):
+    (tmp_path / "README.md").write_text("# Benchmarks\n\nOf my own.\n")
+    (tmp_path / "list.json").write_text("[1]")
+    (tmp_path / "other.json").write_text('{"table": [1, 2]}')
+    (tmp_path / "cut.json").write_text('{"bench": ')
+    save(tmp_path / "a.json", "loader", "Title.", [], MACHINE, ["", "y"], [["FLAC", "3"]])
+    assert (tmp_path / "README.md").read_text() == "# Benchmarks\n\nOf my own.\n"
+    (tmp_path / "README.md").unlink()
+    for number in "34":  # ours is made anew
+        save(tmp_path / "a.json", "loader", "Title.", [], MACHINE, ["", "y"], [["FLAC", number]])
+    page = (tmp_path / "README.md").read_text()
+    assert "| FLAC | 4 |" in page and page.count("## ") == 1
+    assert (_common.RESULTS / "README.md").read_text().startswith(_common.HEAD)
+
+
+def test_figures_of_a_gpu_do_not_replace_those_of_a_cpu(tmp_path, monkeypatch):
+    monkeypatch.setattr(_common, "RESULTS", tmp_path)
+    for device in ("CPU", "NVIDIA H100 80GB HBM3"):
+        save(None, "batch", "Title.", [], {**MACHINE, "device": device}, ["x"], [["1"]])
+    assert {path.name for path in tmp_path.glob("*.json")} == {"batch.json", "batch_nvidia_h100_80gb_hbm3.json"}
+    assert "## batch_nvidia_h100_80gb_hbm3\n" in (tmp_path / "README.md").read_text()
+
+
+LOG = """== environment: .venv with Python 3.11.7, once, some minutes
+== stage 0: corpus: conf/corpus/mini.yaml -> data/mini_tree/LibriSpeech
+corpus mini: data/mini_tree/LibriSpeech
+== stage 0: done in 60 s
+== stage 1: manifests: conf/corpus/mini.yaml data/.stages/mini-0 -> data/mini/train.json data/mini/dev.json
+== stage 1: done in 15 s
+== stage 3: check and one batch: complete, skipped (--force redoes it)
+== stage 4: train: data/mini/train.json -> exp/deepspeech2_mini/curve.csv
+deepspeech2 on mini: 3.0 M parameters, 1896 steps of 64 s of audio over 1 device(s), outputs in /home/me/exp
+step 10/1896  loss 2.9 a character
+== stage 4: done in 225 s
+Trained 1896 steps in 3 min 20 s, 193 s of audio a second, final loss 0.051 nats a character.
+"""
+
+
+def test_a_log_of_run_sh_says_where_the_seconds_go(tmp_path, capsys):
+    (tmp_path / "run.log").write_text(LOG)
+    assert fresh.main([str(tmp_path / "run.log"), "--json", str(tmp_path / "fresh.json")]) == 0
+    saved = json.loads((tmp_path / "fresh.json").read_text())
+    assert saved["table"]["rows"] == [
+        ["0", "corpus", "60", "20"], ["1", "manifests", "15", "5"], ["3", "check and one batch", "skipped", ""],
+        ["4", "train", "225", "75"], ["", "all", "300", "100"]]
+    assert saved["command"] == "python -m tools.bench fresh run.log"
+    assert [re.split("[,;]", line)[0] for line in saved["remarks"]] == [
+        "deepspeech2 on mini: 3.0 M parameters", "Trained 1896 steps in 3 min 20 s", "The environment was made too"]
+    page = (tmp_path / "README.md").read_text()
+    assert "| 4 | train | 225 | 75 |" in page and "/home" not in page and "225" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("log, words", [
+    (LOG.replace("== stage 4: done in 225 s\n", ""), "stage 4 \\(train\\) was not done"),
+    (LOG + LOG, "stage 0 \\(corpus\\) stands there twice"),
+    ("nothing\n", "give what ./run.sh has printed"),
+])
+def test_half_a_log_is_not_measured(log, words):
+    with pytest.raises(BenchError, match=words):
+        fresh.read_log(log)
+
+
 def test_an_error_is_one_line(capsys):
     def fail():
         raise BenchError("outputs differ")
@@ -82,7 +145,7 @@ def test_the_list_of_benches_needs_neither_torch_nor_nemo():
             "sys.exit(sorted({'torch', 'nemo', 'lhotse'} & sys.modules.keys()) or 0)")
     done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
-    assert all(f"  {name} " in done.stdout for name in ("batch", "conformer", "deepspeech2", "evaluate", "loader"))
+    assert all(f"  {name} " in done.stdout for name in ("batch", "conformer", "evaluate", "fresh", "loader"))
 
 
 def memory(bucket, utterances):

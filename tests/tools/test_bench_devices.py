@@ -42,8 +42,8 @@ def test_all_runs_have_the_same_recipe_but_for_the_processes(tmp_path, monkeypat
     monkeypatch.setattr(devices, "train", lambda options, folder, processes, seed: seen.setdefault(
         (processes, seed), devices.command(options, folder.name, processes, seed)) and run(1.0, 1.0))
     manifests = [tmp_path / "a.json", tmp_path / "b.json"]
-    words = ["--json", str(tmp_path / "o.json"), "--manifest", str(manifests[0]), "--dev", str(manifests[1]), "--", "a=b"]
-    assert devices.main(words) == 0
+    words = ["--json", str(tmp_path / "o.json"), "--manifest", str(manifests[0]), "--dev", str(manifests[1])]
+    assert devices.main([*words, "--", "a=b"]) == 0
     one, four = ({w for w in seen[n, 1234] if not w.startswith("exp_manager")} for n in (1, 4))
     assert not any("," in word for words in seen.values() for word in words)  # Hydra would read a list
     assert four - one == {"trainer=cpu_ddp", "trainer.devices=4"} and not one - four

@@ -27,8 +27,8 @@ from recipes.threads import give_back_memory, set_threads
 
 ROOT = Path(__file__).resolve().parents[2]
 RESULTS = Path(__file__).resolve().parent / "results"
-TITLE = "# Benchmarks"
 TABLES = "README.md"  # beside the JSON files, made from all of them
+HEAD = "# Benchmarks\n\nMade by `python -m tools.bench NAME` from the JSON files beside it: do not edit.\n"
 
 
 class BenchError(RuntimeError):
@@ -172,8 +172,9 @@ def parser(name: str, doc: str) -> argparse.ArgumentParser:
     made = argparse.ArgumentParser(
         prog=f"python -m tools.bench {name}", description=doc, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    made.add_argument("--json", metavar="OUT", type=Path, default=RESULTS / f"{name}.json",
-                      help=f"where the figures go; {TABLES} beside it is made anew from all in its folder")
+    made.add_argument("--json", metavar="OUT", type=Path,
+                      help=f"where the figures go (default {name}.json in results, with a GPU's name in it for one); "
+                      f"{TABLES} beside it is made anew from all in its folder")
     made.add_argument("--note", default="", help="a remark on the machine that the table shall bear")
     return made
 
@@ -204,9 +205,16 @@ def describe(device_text: str, threads: int) -> dict[str, Any]:
     }
 
 
-def save(out: Path, name: str, doc: str, argv: Sequence[str], machine: dict, head: list[str], rows: list[list[str]],
-         note: str = "", **figures) -> dict[str, Any]:
-    """Write one bench's result to `out` and the tables of its folder; returns it."""
+def default_path(name: str, device_text: str) -> Path:
+    """Where a bench's figures lie: those of a GPU beside those of a CPU, not in their place."""
+    words = [] if device_text == "CPU" else re.findall(r"[a-z0-9]+", device_text.lower())
+    return RESULTS / f"{'_'.join([name, *words])}.json"
+
+
+def save(out: Path | None, name: str, doc: str, argv: Sequence[str], machine: dict, head: list[str],
+         rows: list[list[str]], note: str = "", **figures) -> dict[str, Any]:
+    """Write one bench's result to `out`, None for its `default_path`, and the tables of its folder; returns it."""
+    out = out or default_path(name, machine["device"])
     result = {
         "bench": name,
         "title": doc.strip().partition("\n")[0],
@@ -221,20 +229,20 @@ def save(out: Path, name: str, doc: str, argv: Sequence[str], machine: dict, hea
     }
     write_atomic(out, f"{json.dumps(result, indent=1)}\n".encode())
     page = out.parent / TABLES
-    if not page.exists() or page.read_text().startswith(TITLE):  # not somebody's own
+    if not page.exists() or page.read_bytes().startswith(HEAD.encode()):  # else somebody's own
         write_atomic(page, tables(out.parent).encode())
     return result
 
 
 def tables(folder: Path) -> str:
     """All results of a folder as one page of Markdown."""
-    parts = [TITLE, "", "Made by `python -m tools.bench NAME` from the JSON files beside it: do not edit."]
+    parts = [HEAD.rstrip()]
     for path in sorted(folder.glob("*.json")):
         try:
             result = json.loads(path.read_text())
-        except ValueError:  # not one of ours
+        except ValueError:
             continue
-        if not isinstance(result, dict) or "table" not in result:
+        if not isinstance(result, dict) or not {"bench", "machine", "table"} <= result.keys():  # not a bench's
             continue
         machine, table = result["machine"], result["table"]
         versions = ", ".join(f"{name} {version}" for name, version in machine["versions"].items())

@@ -12,7 +12,6 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Sequence
-from pathlib import Path
 
 from manifests.report import table
 from tools.bench._common import BenchError, guarded, save, set_up, step_parser

@@ -8,11 +8,9 @@ machine does meets all of them. Rates are given by the wall clock and by CPU tim
 machine. Without --tree a tree of quiet noise is made in a temporary folder: as many distinct files as asked for.
 """
 
-import argparse
 import contextlib
 import importlib.util
 import io
-import json
 import os
 import platform
 import resource
@@ -23,14 +21,14 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable, Sequence
-from importlib import metadata
 from pathlib import Path
 from typing import NamedTuple
 
 from manifests.flac import read_info
 from manifests.librispeech import CorpusError, build_rows, find_root, find_subset
 from manifests.report import table
-from manifests.schema import write_atomic, write_manifest
+from manifests.schema import write_manifest
+from tools.bench._common import describe, parser, save
 
 SOX_FILES = 60  # at two processes a file more would take minutes
 OURS = "manifests.librispeech"
@@ -155,17 +153,13 @@ def summarise(timings: dict[str, list[Timing]]) -> dict[str, dict[str, float]]:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(
-        prog="python -m tools.bench manifests",
-        description=__doc__,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
-    parser.add_argument("--utterances", metavar="N", type=int, default=3000, help="files to make (default 3000)")
-    parser.add_argument("--rounds", metavar="N", type=int, default=5, help="runs of each that count (default 5)")
-    parser.add_argument("--tree", metavar="SRC", type=Path, help="a tree to read instead of making one")
-    parser.add_argument("--subset", metavar="NAME", default="train-clean-5", help="which of its subsets")
-    parser.add_argument("--json", metavar="OUT", type=Path, help="save the figures, of each round too")
-    args = parser.parse_args(argv)
+    options = parser("manifests", __doc__)
+    options.add_argument("--utterances", metavar="N", type=int, default=3000, help="files to make (default 3000)")
+    options.add_argument("--rounds", metavar="N", type=int, default=5, help="runs of each that count (default 5)")
+    options.add_argument("--tree", metavar="SRC", type=Path, help="a tree to read instead of making one")
+    options.add_argument("--subset", metavar="NAME", default="train-clean-5", help="which of its subsets")
+    argv = list(sys.argv[1:] if argv is None else argv)
+    args = options.parse_args(argv)
     with tempfile.TemporaryDirectory() as scratch_name:
         scratch = Path(scratch_name)
         try:
@@ -192,27 +186,13 @@ def main(argv: Sequence[str] | None = None) -> int:
         for name, figures in summary.items()
     ]
     head = ["", "utt/s of CPU", "least to most", "utt/s by the clock", "ours is faster by", "least to most"]
-    print(f"{len(flacs)} utterances, {args.rounds} rounds, warm, Python {platform.python_version()}")
-    print(table(head, rows))
-    if args.json:
-        versions = {name: _version(name) for name in ("lhotse", "soundfile")}
-        saved = {
-            "utterances": len(flacs),
-            "python": platform.python_version(),
-            "cores": os.cpu_count(),
-            "versions": versions,
-            "summary": summary,
-            "rounds": {name: [run._asdict() for run in runs] for name, runs in timings.items()},
-        }
-        write_atomic(args.json, f"{json.dumps(saved, indent=1)}\n".encode())
+    remark = (f"{len(flacs)} utterances, {args.rounds} rounds, warm, Python {platform.python_version()}; medians; "
+              "how much faster ours is in CPU time, in pairs of a round.")
+    print("\n".join([table(head, rows), remark]))
+    save(args.json, "manifests", __doc__, argv, describe("CPU", 1), head, rows, args.note, utterances=len(flacs),
+         summary=summary, rounds={name: [run._asdict() for run in runs] for name, runs in timings.items()},
+         remarks=[remark])
     return 0
-
-
-def _version(name: str) -> str | None:
-    try:
-        return metadata.version(name)
-    except metadata.PackageNotFoundError:
-        return None
 
 
 if __name__ == "__main__":
