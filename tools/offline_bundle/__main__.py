@@ -184,10 +184,13 @@ def run_collect(args) -> int:
 
 def run_all(args) -> int:
     """Unpack, install, train, collect. What there is comes home also where the training was cut or a model failed."""
+    from tools.offline_bundle.node import EXIT_DOUBTS
+
     args.dir = args.to
-    for step in (run_unpack, run_install):
-        if status := step(args):
-            return status
+    if status := run_unpack(args):
+        return status
+    if (status := run_install(args)) not in (0, EXIT_DOUBTS):
+        return status
     status = run_train(args)
     if any((args.exp or args.dir / "exp").glob("*/offline/plan.json")):
         run_collect(args)
@@ -195,7 +198,8 @@ def run_all(args) -> int:
 
 
 def main(arguments: list[str] | None = None) -> int:
-    """Runs one command; returns 0, 1 for an error, 3 while parts are missing, 75 for a training that was cut."""
+    """Runs one command; returns 0, 1 for an error, 3 while parts are missing, 4 where the check worked though packages
+    are not as they should be, 75 for a training that was cut."""
     args = command_line().parse_args(arguments)
     try:
         return args.run(args)

@@ -17,7 +17,7 @@ from importlib import metadata
 from pathlib import Path
 from typing import NamedTuple
 
-from tools.offline_bundle.node import installed_index, say
+from tools.offline_bundle.node import EXIT_DOUBTS, installed_index, say
 from tools.offline_bundle.parts import BundleError
 
 SECONDS = 2.0  # of made-up audio in an utterance of the trial batch
@@ -131,6 +131,17 @@ def compose_for(model_name: str, folder: Path):
         raise BundleError(str(error)) from error
 
 
+def nemo_line() -> str:
+    """Imports NeMo's speech recognition, whose ImportError goes through."""
+    from recipes.quiet import quiet_nemo
+
+    begin = time.monotonic()
+    nemo = importlib.import_module("nemo")
+    importlib.import_module("nemo.collections.asr")
+    quiet_nemo()
+    return f"NeMo {nemo.__version__}: imported in {time.monotonic() - begin:.0f} s"
+
+
 def audio_line(dest: Path, index: dict) -> str:
     """Reads one file of each corpus. Raises BundleError where the node's libsndfile cannot."""
     import soundfile
@@ -155,13 +166,14 @@ def audio_line(dest: Path, index: dict) -> str:
 
 
 def main(arguments: list[str] | None = None) -> int:
+    """Returns 0, EXIT_DOUBTS where all works though packages are not as they should be, or 1 where it does not."""
     parser = argparse.ArgumentParser(prog="python -m tools.offline_bundle.check", description=__doc__,
                                      formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--dir", type=Path, default=Path.cwd().parent, help="folder that the bundle was unpacked to")
     parser.add_argument("--models", default="conformer", help="recipes to try, separated by commas (default conformer)")
     parser.add_argument("--device", help="cpu, cuda or cuda:N (default: a GPU where there is one)")
     args = parser.parse_args(arguments)
-    from recipes.quiet import quiet_imports, quiet_nemo
+    from recipes.quiet import quiet_imports
     from recipes.threads import set_threads
 
     set_threads()
@@ -178,11 +190,7 @@ def main(arguments: list[str] | None = None) -> int:
 
         device = torch.cuda.get_device_name() if torch.cuda.is_available() else "no GPU"
         say(f"Python {platform.python_version()}, torch {torch.__version__}, {device}")
-        begin = time.monotonic()
-        nemo = importlib.import_module("nemo")
-        importlib.import_module("nemo.collections.asr")
-        quiet_nemo()
-        say(f"NeMo {nemo.__version__}: imported in {time.monotonic() - begin:.0f} s")
+        say(nemo_line())
         say(audio_line(args.dir, index))
         for name in filter(None, args.models.split(",")):
             say(one_pass(name, args.device))
@@ -193,7 +201,7 @@ def main(arguments: list[str] | None = None) -> int:
         print(f"check: {error} (module {error.name}): it is not on the node and not in the bundle", file=sys.stderr)
         return 1
     say("check: ready to train" if not problems else "check: works, but see the packages above")
-    return 1 if problems else 0
+    return EXIT_DOUBTS if problems else 0
 
 
 if __name__ == "__main__":

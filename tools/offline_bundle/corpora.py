@@ -1,7 +1,7 @@
 """A corpus for a bundle: its manifests with relative paths, its audio as FLAC or Opus.
 
 Opus at 24 kbit/s takes about a sixth of FLAC's size and keeps the number of samples, but not the samples. Encoded
-files are kept in a work folder, so that an interrupted call goes on.
+files are kept in a work folder, so that an interrupted call goes on; they are made anew when their source is another.
 """
 
 from __future__ import annotations
@@ -93,7 +93,8 @@ def encode(task: tuple[str, str, str, int]) -> str:
         info = soundfile.info(source)
         if (kind == "flac" and info.format == "FLAC") or (kind == "opus" and info.subtype == "OPUS"):
             return source
-        if os.path.isfile(target):
+        made_of = os.stat(source)
+        if _encoded_before(info, made_of, target):
             return target
         dtype = "int16" if kind == "flac" and info.subtype in ("PCM_16", "PCM_S8", "PCM_U8") else "float32"
         samples, rate = soundfile.read(source, dtype=dtype)
@@ -107,6 +108,7 @@ def encode(task: tuple[str, str, str, int]) -> str:
             level = 1 - (kbits - MIN_KBITS) / (MAX_KBITS - MIN_KBITS)
             soundfile.write(part, samples, rate, format="OGG", subtype="OPUS", compression_level=level)
         frames = soundfile.info(part).frames
+        os.utime(part, ns=(made_of.st_atime_ns, made_of.st_mtime_ns))  # by which it is known again
     except (RuntimeError, ValueError, OSError, TypeError) as error:  # soundfile's own are RuntimeErrors
         if isinstance(error, BundleError):
             raise
@@ -116,6 +118,19 @@ def encode(task: tuple[str, str, str, int]) -> str:
         raise BundleError(f"{source}: {len(samples)} samples, {frames} as {kind} at {rate} Hz: use --audio flac")
     os.replace(part, target)
     return target
+
+
+def _encoded_before(info, made_of: os.stat_result, target: str) -> bool:
+    """Whether `target` was made of this very source (its soundfile.info and os.stat), not of one that lay there before:
+    it bears the source's time and has as many samples."""
+    import soundfile
+
+    try:
+        there = soundfile.info(target)
+        same_time = os.stat(target).st_mtime_ns == made_of.st_mtime_ns
+    except (RuntimeError, OSError):  # not there, or no audio
+        return False
+    return same_time and (there.frames, there.samplerate) == (info.frames, info.samplerate)
 
 
 def parse_corpora(items: list[str]) -> dict[str, Path]:

@@ -24,6 +24,7 @@ from manifests.schema import write_atomic
 from tools.offline_bundle.parts import STATE, BundleError, read_index, show_size, unpack
 
 EXIT_WAITING = 3  # parts are still missing
+EXIT_DOUBTS = 4  # the check worked, but packages are missing or in another version than they should be
 INSTALLED = ".installed"  # in the environment: what was installed into it
 
 

@@ -17,6 +17,7 @@ import sys
 import time
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import NamedTuple
 
 from manifests.schema import read_manifest, write_atomic
 from tools.offline_bundle.node import installed_index, say
@@ -148,8 +149,8 @@ def last_line(log: Path) -> str:
     return lines[-1][:300] if lines else "no output"
 
 
-def step_times(curve: Path, skip: int) -> tuple[float, float, int]:
-    """(seconds a step after the first `skip`, seconds a validation, steps trained) from a curve.csv.
+def step_times(curve: Path, skip: int) -> tuple[float, float | None, int]:
+    """(seconds a step after the first `skip`, seconds a validation or None, steps trained) from a curve.csv.
 
     Raises BundleError where it is too short to tell.
     """
@@ -166,7 +167,7 @@ def step_times(curve: Path, skip: int) -> tuple[float, float, int]:
     each = (late[-1][1] - late[0][1]) / (late[-1][0] - late[0][0])
     end, at = trained[-1]
     validations = [seconds - at for step, seconds, validation in rows if validation and step == end]
-    return each, max(validations, default=0.0), end
+    return each, max(validations, default=None), end
 
 
 def steps_within(budget: float, each: float, validation: float, first_pass: float, validations: int, most: int) -> int:
@@ -179,37 +180,49 @@ def steps_within(budget: float, each: float, validation: float, first_pass: floa
     return max(steps - steps % count, count)
 
 
-def full_length(job: Job) -> tuple[int, int, int]:
-    """(the recipe's own number of steps, steps in one pass over the data, validations), as recipes.train counts."""
+class Length(NamedTuple):
+    """A recipe's own length, as recipes.train counts: steps in all and in one pass over the data, validations, and how
+    many times the audio of a step there is in one validation."""
+
+    steps: int
+    one_pass: int
+    validations: int
+    validation_steps: float
+
+
+def full_length(job: Job) -> Length:
+    """Of the recipe with the job's overrides. Raises BundleError for a configuration that cannot train."""
     from recipes.config import ConfigError, compose
 
     try:
         cfg = compose(job.model, job.arguments(job.exp))
     except ConfigError as error:
         raise BundleError(str(error)) from error
-    train = cfg.model.train_ds
+    train, batch_seconds = cfg.model.train_ds, cfg.training.global_batch_seconds
     seconds = sum(row["duration"] for row in read_manifest(train.manifest_filepath)
                   if train.min_duration <= row["duration"] <= train.max_duration)
-    one_pass = max(round(seconds / cfg.training.global_batch_seconds), 1)
+    one_pass = max(round(seconds / batch_seconds), 1)
     most = cfg.trainer.max_steps if cfg.trainer.max_steps > 0 else max(int(one_pass * cfg.training.epochs), 1)
-    return most, one_pass, int(cfg.training.validations)
+    validated = sum(row["duration"] for row in read_manifest(cfg.model.validation_ds.manifest_filepath))
+    return Length(most, one_pass, int(cfg.training.validations), validated / batch_seconds)
 
 
 def probe(job: Job, plan: Plan, run: Runner) -> None:
     """Trains a little in a folder of its own and decides the number of steps."""
     begin = time.monotonic()
-    most, one_pass, validations = full_length(job)
+    length = full_length(job)
     if job.steps:
         plan.facts.update(steps=job.steps, why="as asked")
         plan.finish("probe", 0.0)
         return
     if job.seconds is None:
-        plan.facts.update(steps=None, why=f"the recipe's own length, about {most}")
+        plan.facts.update(steps=None, why=f"the recipe's own length, about {length.steps}")
         plan.finish("probe", 0.0)
         return
     folder = job.exp / ".probe"
     shutil.rmtree(folder, ignore_errors=True)
-    steps = min(one_pass + 60, most)  # the first pass also computes features and compiles: it says little
+    # The first pass also computes features and compiles: it says little.
+    steps = min(length.one_pass + 60, length.steps)
     arguments = ["recipes.train", "--config-name", job.model, *job.arguments(folder), f"trainer.max_steps={steps}",
                  "training.validations=1"]
     limit = max(job.seconds / 3, LEAST_PROBE)
@@ -217,12 +230,18 @@ def probe(job: Job, plan: Plan, run: Runner) -> None:
     if status and not over:
         log = job.notes / "probe.log"
         raise BundleError(f"{job.model}: the probe failed with status {status}: {last_line(log)}; the log is {log}")
-    each, validation, trained = step_times(folder / "curve.csv", one_pass)
+    each, validation, trained = step_times(folder / "curve.csv", length.one_pass)
     first_pass = max(_seconds_at(folder / "curve.csv", trained) - trained * each, 0.0)
-    chosen = steps_within(job.seconds, each, validation, first_pass, validations, most)
+    told = "a validation"
+    if validation is None:
+        # The probe was at its limit before it validated. A validation reads audio and computes features, as the first
+        # pass does, and of a step it has no backward pass: the two together are its upper bound.
+        validation = length.validation_steps * (each + first_pass / min(trained, length.one_pass))
+        told = "a validation at most (the probe ended before its own)"
+    chosen = steps_within(job.seconds, each, validation, first_pass, length.validations, length.steps)
     plan.facts.update(steps=chosen, seconds_a_step=round(each, 4), seconds_a_validation=round(validation, 2),
                       first_pass=round(first_pass, 1), budget=job.seconds,
-                      why=f"{each:.3f} s a step, {validation:.1f} s a validation; the recipe's own length is {most}")
+                      why=f"{each:.3f} s a step, {validation:.1f} s {told}; the recipe's own length is {length.steps}")
     shutil.rmtree(folder, ignore_errors=True)
     plan.finish("probe", time.monotonic() - begin)
 

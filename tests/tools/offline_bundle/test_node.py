@@ -1,21 +1,25 @@
-"""On the node: unpacking and installing from the first part alone, training in a budget, and what comes home."""
+"""On the node: unpacking and installing from the first part alone, and training in a budget."""
 
 import ensurepip
 import json
 import os
+import re
+import shlex
 import shutil
+import signal
 import subprocess
 import sys
+import threading
 from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
 
-from manifests.schema import read_manifest
-from tools.offline_bundle import node, pack, train, wheels
-from tools.offline_bundle.__main__ import main
-from tools.offline_bundle.collect import collect
-from tools.offline_bundle.parts import BundleError
+from manifests.schema import read_manifest, write_manifest
+from recipes.config import compose
+from tools.offline_bundle import check, node, pack, train, wheels
+from tools.offline_bundle.__main__ import command_line, main
+from tools.offline_bundle.parts import BundleError, PartWriter
 
 ROOT = Path(__file__).resolve().parents[3]
 HERE = f"{sys.version_info[0]}.{sys.version_info[1]}"
@@ -124,6 +128,33 @@ class TestNode:
         problems = requirements_met(["top[all]", "torch>=2.12"], ["wandb"], tmp_path / "own").problems
         assert ["gone" in problems[0], "torch 2.11.0" in problems[1], len(problems)] == [True, True, 2]
 
+    def test_the_index_is_remembered_for_the_parts_that_come_later(self, tmp_path):
+        writer = PartWriter(tmp_path / "first", "home", 4096)
+        for name in "ab":
+            writer.add(name, name.encode() * 3000)
+        second = writer.finish()["parts"][1]["name"]
+        (tmp_path / "second").mkdir()
+        (tmp_path / "first" / second).rename(tmp_path / "second" / second)
+        with pytest.raises(BundleError, match="no bundle.json"):  # nothing is remembered yet
+            node.run_unpack([tmp_path / "second"], tmp_path / "dest")
+        assert node.run_unpack([tmp_path / "first"], tmp_path / "dest") == node.EXIT_WAITING
+        assert node.run_unpack([tmp_path / "second"], tmp_path / "dest") == 0
+        assert (tmp_path / "dest" / "b").read_bytes() == b"b" * 3000
+
+    @pytest.mark.parametrize("problems, status, last", [
+        ([], 0, "check: ready to train"),
+        (["fsspec 2026.9.0 is here"], node.EXIT_DOUBTS, "check: works, but see the packages above"),
+    ])
+    def test_a_check_that_worked_says_so_whatever_the_packages(self, tmp_path, monkeypatch, capsys, problems, status,
+                                                               last):
+        monkeypatch.setattr(check, "installed_index", lambda dest: {"requires": [], "left_out": [], "corpora": {}})
+        monkeypatch.setattr(check, "requirements_met", lambda *_: check.Requirements(1, problems, []))
+        monkeypatch.setattr(check, "nemo_line", lambda: "NeMo: imported")
+        monkeypatch.setattr(check, "one_pass", lambda *_: "conformer: a pass")
+        assert check.main(["--dir", str(tmp_path)]) == status
+        said = capsys.readouterr()
+        assert said.out.splitlines()[-1] == last and said.err.count("check: ") == len(problems)
+
     def test_wheels_of_an_earlier_bundle_go(self, tmp_path):
         for name in ("a-1.0-py3-none-any.whl", "a-2.0-py3-none-any.whl"):
             (tmp_path / "wheels").mkdir(exist_ok=True)
@@ -155,7 +186,7 @@ class TestTrain:
 
     def test_stages_are_done_once_and_resume_after_a_failure(self, tmp_path, monkeypatch, capsys):
         job, calls, broken = job_in(tmp_path, steps=20), [], ["recipes.average"]
-        monkeypatch.setattr(train, "full_length", lambda job: (1000, 40, 8))
+        monkeypatch.setattr(train, "full_length", lambda job: train.Length(1000, 40, 8, 10.0))
 
         def run(arguments, log, limit=None, since=None):
             calls.append(arguments[0])
@@ -180,7 +211,7 @@ class TestTrain:
 
     def test_budget_is_probed_and_kept(self, tmp_path, monkeypatch):
         job = job_in(tmp_path, seconds=480)
-        monkeypatch.setattr(train, "full_length", lambda job: (100_000, 40, 8))
+        monkeypatch.setattr(train, "full_length", lambda job: train.Length(100_000, 40, 8, 10.0))
 
         def run(arguments, log, limit=None, since=None):
             folder = job.exp / ".probe"
@@ -193,6 +224,29 @@ class TestTrain:
         # (480 - 30 - 8 * 5) / 0.1, and a multiple of 8
         assert train.Plan(job).facts["steps"] == plan.facts["steps"] == 4096
         assert not (job.exp / ".probe").exists()
+
+    def test_validations_are_budgeted_where_the_probe_did_not_reach_its_own(self, tmp_path, monkeypatch):
+        job = job_in(tmp_path, seconds=480)
+        monkeypatch.setattr(train, "full_length", lambda job: train.Length(100_000, 40, 8, 10.0))
+
+        def run(arguments, log, limit=None, since=None):
+            (job.exp / ".probe").mkdir(parents=True)
+            (job.exp / ".probe" / "curve.csv").write_text(CURVE.rpartition("100,45")[0])
+            return 143, True
+
+        plan = train.Plan(job)
+        train.probe(job, plan, run)
+        # as much audio as in 10 steps: 0.1 s each, and in the first pass of 40 steps 30 s went into reading it
+        assert plan.facts["seconds_a_validation"] == pytest.approx(10 * (0.1 + 30 / 40))
+        assert plan.facts["steps"] == 8 * int((480 - 30 - 8 * 8.5) / 0.1 / 8) and "at most" in plan.facts["why"]
+
+    def test_length_is_the_recipes_with_the_overrides(self, tmp_path):
+        words = ["training.epochs=3", "training.global_batch_seconds=10", "training.validations=5"]
+        job = job_in(tmp_path, overrides=words)
+        job.corpus, row = "mini", {"audio_filepath": "a.flac", "text": "a"}
+        for name, durations in (("train", [5.0] * 12 + [99.0]), ("dev", [2.5] * 6)):
+            write_manifest(job.manifests / f"{name}.json", [{**row, "duration": seconds} for seconds in durations])
+        assert train.full_length(job) == (18, 6, 5, 1.5)
 
     def test_changed_overrides_do_not_go_on_in_the_same_folder(self, tmp_path):
         train.Plan(job_in(tmp_path, overrides=["seed=1"])).save()
@@ -217,6 +271,33 @@ class TestTrain:
         begin = time.monotonic()
         assert train.Runner()(write, tmp_path / "log", limit=0.5, since=curve)[1]
         assert 1.5 <= time.monotonic() - begin < 30
+
+    def test_a_second_signal_leaves_a_training_the_time_to_save(self, tmp_path, monkeypatch):
+        lines = ["import pathlib, signal, sys, time",
+                 "def save(*_):",
+                 "    time.sleep(2); pathlib.Path('saved').touch(); sys.exit(143)",
+                 "signal.signal(signal.SIGTERM, save); pathlib.Path('ready').touch(); time.sleep(60)"]
+        (tmp_path / "slow_to_save.py").write_text("\n".join(lines) + "\n")
+        monkeypatch.chdir(tmp_path)
+        monkeypatch.setattr(train, "run_job", lambda job, run: run(["slow_to_save"], tmp_path / "log"))
+
+        def ask_twice():
+            while not Path("ready").exists():
+                ended.wait(0.05)
+            for _ in range(2):
+                os.kill(os.getpid(), signal.SIGTERM)
+                ended.wait(0.7)
+
+        ended, before = threading.Event(), signal.getsignal(signal.SIGTERM)
+        asking = threading.Thread(target=ask_twice, daemon=True)
+        try:
+            asking.start()
+            assert train.run_all([job_in(tmp_path)]) == train.EXIT_CUT
+            assert Path("saved").exists()
+        finally:
+            ended.set()
+            asking.join()
+            signal.signal(signal.SIGTERM, before)
 
     def test_a_failed_model_does_not_stop_the_others(self, tmp_path, monkeypatch, capsys):
         def run_job(job, run):
@@ -249,81 +330,6 @@ class TestTrain:
             train.make_jobs(tmp_path, ["conformer"], "other", None, None, [], [])
 
 
-class TestHome:
-    def test_half_precision_never_makes_infinities(self):
-        import torch
-
-        from tools.offline_bundle.weights import halve
-
-        state = {"encoder.w": torch.full((2, 2), 0.1), "encoder.large": torch.tensor([[70_000.0, 1.0]]),
-                 "encoder.bias": torch.ones(3), "norm.running_var": torch.full((2, 2), 0.1),
-                 "preprocessor.featurizer.fb": torch.rand(1, 8, 9), "steps": torch.tensor(3)}
-        halved, kept = halve(state)
-        half = [name for name, value in halved.items() if value.dtype == torch.float16]
-        assert half == ["encoder.w"] and kept == ["encoder.large"]
-        assert all(bool(torch.isfinite(value).all()) for value in halved.values()) and halved["steps"] == 3
-        with pytest.raises(BundleError, match="encoder.w.*not finite"):
-            halve({"encoder.w": torch.tensor([[float("nan")]])})
-
-    def test_written_weights_are_read_back_by_name(self, tmp_path):
-        import io
-        import tarfile
-
-        import torch
-
-        from tools.offline_bundle.weights import write_half
-
-        source = tmp_path / "m.nemo"
-        packed = io.BytesIO()
-        torch.save({"w": torch.full((64, 64), 1 / 3)}, packed)
-        with tarfile.open(source, "w") as tar:
-            for name, data in (("./model_config.yaml", b"a: 1\n"), ("./model_weights.ckpt", packed.getvalue())):
-                info = tarfile.TarInfo(name)
-                info.size = len(data)
-                tar.addfile(info, io.BytesIO(data))
-        facts = write_half(source, tmp_path / "half.nemo")
-        assert facts["bytes"] < facts["source_bytes"] and facts["kept_float32"] == []
-        with tarfile.open(tmp_path / "half.nemo") as tar:
-            assert tar.extractfile("./model_config.yaml").read() == b"a: 1\n"
-            state = torch.load(io.BytesIO(tar.extractfile("./model_weights.ckpt").read()), weights_only=True)
-        assert state["w"].dtype == torch.float16 and abs(float(state["w"][0, 0]) - 1 / 3) < 1e-3
-        source.write_bytes(b"no tar")
-        with pytest.raises(BundleError, match="m.nemo"):
-            write_half(source, tmp_path / "other.nemo")
-        assert not (tmp_path / "other.nemo").exists()
-
-    @pytest.fixture
-    def exp(self, tmp_path):
-        for model, size in (("conformer", 30_000), ("deepspeech", 60_000)):
-            run = tmp_path / "exp" / f"{model}_mini"
-            for name in ("evaluation", "offline"):
-                (run / name).mkdir(parents=True)
-            results = ("evaluation/metrics.json", "evaluation/predictions_dev.json")
-            for name in ("offline/plan.json", "curve.csv", *results):
-                (run / name).write_text(model * 20)
-            (run / "offline" / "train.log").write_bytes(b"x" * 3000)
-            (run / f"{model}-fp16.nemo").write_bytes(os.urandom(size))
-            (run / f"{model}.nemo").write_bytes(os.urandom(size))
-        return tmp_path / "exp"
-
-    def test_comes_home_in_few_files_of_a_given_size(self, exp, tmp_path):
-        assert collect(exp, tmp_path / "out", 20_000, 8) == []
-        written = list((tmp_path / "out").iterdir())
-        assert len(written) <= 8 and all(path.stat().st_size <= 20_000 for path in written)
-        assert main(["unpack", "--parts", str(tmp_path / "out"), "--to", str(tmp_path / "home")]) == 0
-        for path in (tmp_path / "home").rglob("*mini/*"):
-            if path.is_file():
-                assert path.read_bytes() == (exp / path.relative_to(tmp_path / "home")).read_bytes()
-        assert len(list((tmp_path / "home").rglob("*-fp16.nemo"))) == 2
-
-    def test_weights_that_do_not_fit_are_named_and_metrics_come(self, exp, tmp_path, capsys):
-        left = collect(exp, tmp_path / "out", 20_000, 4)
-        assert left == ["deepspeech_mini/deepspeech-fp16.nemo"] and left[0] in capsys.readouterr().out
-        assert len(list((tmp_path / "out").iterdir())) <= 4
-        with pytest.raises(BundleError, match="no run"):
-            collect(tmp_path / "nowhere", tmp_path / "out", 20_000, 4)
-
-
 class TestCommands:
     def test_all_in_one_brings_home_what_a_cut_training_has_done(self, bundle, tmp_path, monkeypatch):
         from tools.offline_bundle import __main__ as commands
@@ -334,14 +340,29 @@ class TestCommands:
             (notes / "plan.json").write_text("{}")
             return train.EXIT_CUT
 
-        monkeypatch.setattr(commands, "run_install", lambda args: 0)
+        # The check worked, though not all packages are as they should be.
+        monkeypatch.setattr(commands, "run_install", lambda args: node.EXIT_DOUBTS)
         monkeypatch.setattr(commands, "run_train", run_train)
         words = ["all", "--parts", str(bundle.out), "--to", str(tmp_path / "dest"), "--corpus", "small", "--minutes",
                  "8", "--out", str(tmp_path / "home")]
         assert main(words) == train.EXIT_CUT
         assert (tmp_path / "home" / "home-001.zip").is_file()
+        monkeypatch.setattr(commands, "run_install", lambda args: 1)
+        assert main(words) == 1
         next(bundle.out.glob("*.zip")).unlink()
         assert main([*words[:4], str(tmp_path / "fresh"), *words[5:]]) == node.EXIT_WAITING
+
+    @pytest.mark.parametrize("model", ["conformer", "deepspeech2", "deepspeech"])
+    def test_the_readmes_line_for_a_gpu_is_one_that_trains(self, model, tmp_path):
+        page = (ROOT / "tools" / "offline_bundle" / "README.md").read_text()
+        line = re.search(r"^python3 bundle-001\.pyz (all (?:\\\n|[^\n])*)$", page, re.MULTILINE)[1]
+        args = command_line().parse_args(shlex.split(line.replace("\\\n", " ")))
+        assert model in args.models.split(",") and args.minutes == 8 and args.overrides[0] == "size=large"
+        manifest = tmp_path / "m.json"
+        write_manifest(manifest, [{"audio_filepath": "a.flac", "duration": 2.0, "text": "a"}])
+        cfg = compose(model, [f"corpus={args.corpus}", f"corpus.train={manifest}", f"corpus.validation={manifest}",
+                              "trainer=gpu", *args.overrides])
+        assert cfg.model.optim.lr == cfg["size"][model].lr and cfg.training.epochs == 150
 
     def test_a_program_is_asked_to_end_by_the_same_signal(self, tmp_path):
         (tmp_path / "project").mkdir()

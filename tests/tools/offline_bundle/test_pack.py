@@ -266,6 +266,26 @@ class TestCorpora:
         dict(corpora.files(read, "opus", 24, tmp_path / "work"))
         assert first.stat().st_mtime_ns == before
 
+    @pytest.mark.parametrize("harm", ["content", "length", "older", "broken"])
+    def test_another_source_is_encoded_anew(self, corpus, tmp_path, harm):
+        def packed():
+            read = corpora.read_corpus("small", corpus, tmp_path / "work")
+            return dict(corpora.files(read, "flac", 24, tmp_path / "work"))["corpora/small/audio/s2/c.flac"]
+
+        source, kept = tmp_path / "tree" / "s2" / "c.wav", packed()
+        time = source.stat().st_mtime_ns
+        if harm == "broken":
+            kept.write_bytes(b"what is this")
+            os.utime(kept, ns=(time, time))
+        else:  # the same name in another corpus, of another time or length
+            samples = np.random.default_rng(1).standard_normal(12_345 - 345 * (harm == "length"))
+            soundfile.write(source, 0.1 * samples, 16_000, subtype="PCM_16")
+            changed = time + {"content": 1_000_000_000, "length": 0, "older": -10**16}[harm]
+            os.utime(source, ns=(changed, changed))
+        assert np.array_equal(soundfile.read(packed())[0], soundfile.read(source)[0])
+        before = kept.stat().st_ino
+        assert packed().stat().st_ino == before
+
     def test_bad_corpora_are_named(self, corpus, tmp_path):
         with pytest.raises(BundleError, match="no such folder"):
             corpora.read_corpus("small", tmp_path / "gone", tmp_path / "work")
