@@ -13,11 +13,14 @@ from pathlib import Path
 from tools.doctor.autopsy import Output
 from tools.doctor.finding import Finding, Plot, Report
 from tools.doctor.trace import Trace
+from tools.doctor.trained import judged, started_from
 
 log = logging.getLogger("doctor")
 
 LARGE = 1e4  # an output beyond this is on its way out; those of models that train stay below
 GROWS = 1e3  # times from the first frames to the last
+SHORT = 20  # steps within which a schedule rises that may be made for epochs
+MOST_REHEARSED = 5000  # steps of a schedule
 
 
 def planned_steps(trainer) -> int | None:
@@ -46,29 +49,27 @@ def optimizer_findings(trainer, model) -> list[Finding]:
     if not held:
         return []
     wanted = [(name, p) for name, p in model.named_parameters() if p.requires_grad]
-    missing = [(name, p.numel()) for name, p in wanted if id(p) not in held]
-    frozen = [(name, p.numel()) for name, p in model.named_parameters() if not p.requires_grad]
+    missing = {name: p for name, p in wanted if id(p) not in held}
+    frozen = {name: p for name, p in model.named_parameters() if not p.requires_grad}
     every = max(sum(p.numel() for p in model.parameters()), 1)
+    random, seen = judged(frozen, started_from(settings_of(model), model, trainer, [name for name, _ in wanted]))
     found = []
-    for id_, rows, what, fix in (
-        ("not-in-optimizer", missing, "are in no optimizer",
+    for id_, rows, what, cause, fix in (
+        ("not-in-optimizer", missing, "are in no optimizer", "They keep the values they were made with.",
          "build the optimizer from model.parameters(), after the last layer has been made"),
-        ("frozen", frozen, "are frozen (requires_grad=False)", "model.unfreeze(), or p.requires_grad_(True)"),
+        ("frozen", frozen, "are frozen (requires_grad=False)", f"They keep the values that they have. {seen}",
+         "model.unfreeze(), or p.requires_grad_(True)"),
     ):
-        if not rows:
-            continue
-        share = sum(count for _, count in rows) / every
+        share = sum(p.numel() for p in rows.values()) / every
         # Some parts are frozen on purpose: windows, filters, a pretrained encoder.
-        heavy = id_ == "not-in-optimizer" and share > 0.01 or share > 0.9
+        heavy = share > 0.01 if id_ == "not-in-optimizer" else share > 0.9 and random
         if share < 1e-4:
             continue
+        first = next(iter(rows))
         found.append(Finding(
             id_, "prevents" if heavy else "warning",
-            f"{len(rows)} parameter tensors ({share:.0%} of all values) {what}, first {rows[0][0]}.",
-            "They keep the values they were made with.",
-            {"parameters": [name for name, _ in rows][:12], "share of all values": share}, [fix],
-            0.95 if heavy else 0.6,
-            where=rows[0][0]))
+            f"{len(rows)} parameter tensors ({share:.0%} of all values) {what}, first {first}.", cause,
+            {"parameters": list(rows)[:12], "share of all values": share}, [fix], 0.95 if heavy else 0.6, where=first))
     return found
 
 
@@ -94,22 +95,17 @@ def keep_gradients(findings: list[Finding], trainer, model) -> list[Finding]:
 
 
 def schedule_findings(trainer, trace: Trace) -> tuple[list[Finding], int | None]:
-    """(findings, warm-up steps or None) of the live schedulers."""
+    """(findings, warm-up in optimizer steps or None) of the live schedulers."""
     found, warmup = [], None
+    stepped = getattr(trainer.lightning_module, "automatic_optimization", True)  # by Lightning, else by the model
     for config in trainer.lr_scheduler_configs:
-        scheduler = config.scheduler
-        warmup = getattr(scheduler, "warmup_steps", None) or warmup
-        counts_steps = warmup or type(scheduler).__name__ in ("OneCycleLR", "LinearLR", "CyclicLR")
-        if config.interval == "epoch" and counts_steps:
-            key = trace.key("model.optim.sched")
-            found.append(Finding(
-                "schedule-per-epoch", "prevents",
-                f"{type(scheduler).__name__} counts steps ({warmup or 'its total'}) and is stepped once an epoch.",
-                "A warm-up of so many steps then lasts so many epochs.",
-                {"scheduler": type(scheduler).__name__, "interval": config.interval, "warm-up": warmup},
-                ['return {"scheduler": scheduler, "interval": "step"} from configure_optimizers'], 0.95, where=key))
-        elif config.interval == "epoch" and not config.reduce_on_plateau:
-            found += hardly_rising(trainer, config, trace)
+        ticks = getattr(config.scheduler, "warmup_steps", None)
+        if stepped and config.interval == "epoch" and not config.reduce_on_plateau:
+            epochs = planned_epochs(trainer)
+            found += hardly_rising(config.scheduler, epochs, trace.planned, max(config.frequency, 1))
+            # Of a schedule that is stepped once an epoch, these are epochs.
+            ticks = ticks * trace.planned / epochs if ticks and trace.planned and epochs else None
+        warmup = ticks or warmup
     if not trainer.lr_scheduler_configs and trainer.optimizers and trace.optimizer.lower() not in ("novograd", "sgd"):
         rate = trainer.optimizers[0].param_groups[0]["lr"]
         if rate > 3e-3:
@@ -122,27 +118,47 @@ def schedule_findings(trainer, trace: Trace) -> tuple[list[Finding], int | None]
     return found, int(warmup) if warmup else None
 
 
-def hardly_rising(trainer, config, trace: Trace) -> list[Finding]:
-    """A finding where a schedule that is stepped once an epoch stays low over the run, and once a step would not."""
-    epochs = planned_epochs(trainer)
-    if trace.planned is None or epochs is None or epochs >= 0.5 * trace.planned:
+def hardly_rising(scheduler, epochs: int | None, steps: int | None, frequency: int = 1) -> list[Finding]:
+    """A finding where a schedule that is stepped once an epoch stays low over the run, and once a step would not.
+
+    One that is at half of its height after SHORT steps or fewer may well be made for epochs, in a run that is only a
+    trial: of that a warning.
+    """
+    if epochs is None or steps is not None and epochs >= 0.5 * steps:
         return []
-    rates = rehearsed(config.scheduler, min(trace.planned, 5000))
-    # What one epoch's steps see is the rate before the epoch's end.
-    by_epoch, by_step = max(rates[: max(epochs // max(config.frequency, 1), 1)]), max(rates)
-    if by_epoch > 0.5 * by_step:
+    if (seen := stays_low(scheduler, epochs // frequency, steps)) is None:
         return []
-    kind = type(config.scheduler).__name__
+    by_epoch, by_step, half = seen
+    kind, long = type(scheduler).__name__, half > SHORT
     return [Finding(
-        "schedule-per-epoch", "prevents",
+        "schedule-per-epoch", "prevents" if long else "warning",
         f"{kind} is stepped once an epoch: in the {epochs} epochs of this run the rate gets to {by_epoch:.2g}; stepped "
-        f"at each of the {trace.planned} steps it would reach {by_step:.2g}.",
+        f"at each of the {'' if steps is None else f'{steps} '}steps it would reach {by_step:.2g}.",
         "Lightning steps a schedule once an epoch where configure_optimizers does not say otherwise. A warm-up of so "
-        "many steps then lasts so many epochs.",
-        {"scheduler": kind, "interval": config.interval, "epochs": epochs, "steps": trace.planned,
+        "many steps then lasts so many epochs." if long else
+        f"The run ends before the schedule, which gets to half of its height at its step {half}, has risen: it counts "
+        "steps, or it counts epochs and the run is shorter than it was made for.",
+        {"scheduler": kind, "interval": "epoch", "epochs": epochs, "steps": steps, "half of its height at": half,
          "highest rate by epochs": by_epoch, "by steps": by_step},
         ['return {"optimizer": optimizer, "lr_scheduler": {"scheduler": scheduler, "interval": "step"}} from '
-         "configure_optimizers"], 0.95, where="configure_optimizers")]
+         "configure_optimizers"], 0.95 if long else 0.6, where="configure_optimizers")]
+
+
+def stays_low(scheduler, epochs: int, steps: int | None) -> tuple[float, float, int] | None:
+    """(highest rate when stepped once an epoch, once a step, step at which it is at half of its height), where the
+    first is at most half of the second; None where it is not, and where the schedule cannot be rehearsed.
+
+    Whatever its class: it is its rates over the run's epochs that count.
+    """
+    try:
+        rates = rehearsed(scheduler, MOST_REHEARSED)
+    except Exception:  # anybody's schedule
+        return None
+    by_epoch = max(rates[: max(epochs, 1)])  # one epoch's steps see the rate before the epoch's end
+    by_step = max(rates[: None if steps is None else steps + 1])
+    if not by_epoch <= 0.5 * by_step:
+        return None
+    return by_epoch, by_step, next(k for k, rate in enumerate(rates) if rate >= 0.5 * max(rates))
 
 
 def planned_epochs(trainer) -> int | None:
@@ -157,13 +173,19 @@ def planned_epochs(trainer) -> int | None:
 
 
 def rehearsed(scheduler, steps: int) -> list[float]:
-    """The highest rate of a schedule's groups now and after each of so many steps, on a copy: nothing is stepped."""
+    """The highest rate of a schedule's groups now and after each of so many steps, on a copy: nothing is stepped.
+
+    It ends where the schedule refuses to go on: after its total of steps, or with a `step` of other arguments.
+    """
     copied = _apart(scheduler, {})
     rates = [max(group["lr"] for group in copied.optimizer.param_groups)]
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # there is no optimizer step between
         for _ in range(steps):
-            copied.step()
+            try:
+                copied.step()
+            except Exception:  # anybody's schedule
+                break
             rates.append(max(group["lr"] for group in copied.optimizer.param_groups))
     return rates
 

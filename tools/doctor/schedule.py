@@ -20,6 +20,7 @@ RANGES = {
     "novograd": (1e-4, 0.2, 1.0), "sgd": (1e-5, 1.0, 10.0), "lion": (3e-6, 3e-3, 0.02), "adafactor": (1e-5, 0.1, 1.0)
 }
 ADAM_LIKE = (2e-5, 1e-2, 0.05)
+USUAL_EPOCHS = 100  # where nothing says how many a run will have
 EPOCH_SCHEDULERS = {"ExponentialLR", "ReduceLROnPlateau"}  # NeMo 3.0.0 steps these once an epoch
 
 
@@ -34,15 +35,23 @@ class Plan:
     steps: int | None = None
     schedule_steps: int | None = None
     warmup: int | None = None
+    hold: int = 0  # steps at the peak, and the power of the fall after them, of NoamHoldAnnealing
+    decay_rate: float = 0.5
     steps_a_pass: float | None = None
     utterances: float | None = None  # in one optimizer step, over devices and accumulation
     seconds: float | None = None
+    unresolved: str = ""  # why there is a learning rate and no peak
     evidence: dict = field(default_factory=dict)
+
+    @property
+    def noam(self) -> bool:
+        """Whether lr is Noam's multiplier. NoamHoldAnnealing is given its peak as it is."""
+        return self.name.lower() == "noamannealing"
 
     def rate(self, step: int) -> float:
         """Learning rate at a step, for the plot and for what is left of the run."""
         warmup, end = self.warmup or 0, self.schedule_steps or self.steps or 1
-        if self.name.lower().startswith("noam"):
+        if self.noam:
             t = max(step, 1)
             scale = min(t**-0.5, t * warmup**-1.5) / warmup**-0.5 if warmup else t**-0.5
             return max(self.peak * scale, self.min_lr if t > warmup else 0.0)
@@ -50,6 +59,9 @@ class Plan:
             return self.peak * (step + 1) / (warmup + 1)
         share = min((step - warmup) / max(end - warmup, 1), 1.0)
         name = self.name.lower()
+        if name == "noamholdannealing":
+            falls = max(step - self.hold, warmup, 1)  # the fall begins where the peak has been held
+            return max(self.peak * (max(warmup, 1) / falls) ** self.decay_rate, self.min_lr)
         if name.startswith("cosine"):
             return self.min_lr + (self.peak - self.min_lr) * 0.5 * (1 + math.cos(math.pi * share))
         if name.startswith(("square", "polynomial", "warmupannealing", "warmupholdanneal")):
@@ -83,11 +95,16 @@ def plan(subject) -> Plan:
     _warmup(s, p)
     if p.lr is not None:
         p.peak = p.lr
-        if p.name.lower().startswith("noam"):
+        if p.noam and p.lr > 0:
             width = s.number("model.optim.sched.d_model") or s.number("model.encoder.d_model")
-            if width:
-                p.peak = p.lr * width**-0.5 * max(p.warmup or 0, 1) ** -0.5
-                p.evidence["Noam"] = f"lr {p.lr:g} / sqrt(d_model {width:g}) / sqrt(warm-up {max(p.warmup or 0, 1)})"
+            p.peak = None
+            if not width or p.warmup is None:
+                p.unresolved = ("lr is the multiplier of NoamAnnealing, whose peak hangs on "
+                                + ("d_model" if not width else "warmup_ratio of a number of steps")
+                                + " that is not known")
+            else:
+                p.peak = p.lr * width**-0.5 * max(p.warmup, 1) ** -0.5
+                p.evidence["Noam"] = f"lr {p.lr:g} / sqrt(d_model {width:g}) / sqrt(warm-up {max(p.warmup, 1)})"
     p.evidence.update({"peak learning rate": p.peak, "as written": p.lr, "schedule": p.name or "none, constant",
                        "optimizer": s.get("model.optim.name", "-"), "steps": p.steps, "warm-up steps": p.warmup})
     subject._plan = p
@@ -144,6 +161,9 @@ def _warmup(s, p: Plan) -> None:
         p.warmup = int(ratio * p.schedule_steps)
     elif ratio is None:
         p.warmup = 0
+    hold, share = s.number("model.optim.sched.hold_steps"), s.number("model.optim.sched.hold_ratio")
+    p.hold = int(hold if hold is not None else (share or 0) * (p.schedule_steps or 0))
+    p.decay_rate = s.number("model.optim.sched.decay_rate", 0.5)
 
 
 def lr_plot(p: Plan) -> list[Plot]:
@@ -164,10 +184,10 @@ def peak_rate(subject):
     """The peak learning rate is one that trains."""
     s, p = subject.settings, plan(subject)
     if p.peak is None:
-        raise NotExamined("no learning rate is given")
+        raise NotExamined(p.unresolved or "no learning rate is given")
     low, high, far = lr_range(s)
     key = s.key("model.optim.lr")
-    noam = p.name.lower().startswith("noam")
+    noam = p.noam
     unit = (lambda lr: f"{lr * p.lr / p.peak:.3g}") if noam and p.peak > 0 else (lambda lr: f"{lr:g}")
     started = s.get("init_from") or s.get("init_from_nemo_model") or s.get("init_from_pretrained_model")
     common = dict(evidence={**p.evidence, "usual": f"{low:g} to {high:g}"}, where=key, plots=lr_plot(p))
@@ -217,18 +237,20 @@ def peak_rate(subject):
 def warm_up(subject):
     """The warm-up is there and ends well before the run does."""
     s, p = subject.settings, plan(subject)
-    if p.peak is None or p.warmup is None:
-        raise NotExamined("no learning rate or no length of the warm-up is known")
+    if p.lr is None or p.warmup is None:
+        raise NotExamined(p.unresolved or "no learning rate or no length of the warm-up is known")
     key = s.key("model.optim.sched.warmup_steps")
     fix = [f"training.warmup_share=0.1" if s.recipe else f"{key}={max((p.steps or 10000) // 10, 1)}"]
     if p.warmup > 0 and p.steps and p.warmup >= 0.5 * p.steps:
-        reached = min(p.steps / p.warmup, 1.0) * p.peak
+        reached = min(p.steps / p.warmup, 1.0)
+        got = f"{reached * p.peak:.2g} of {p.peak:.2g}" if p.peak is not None else f"{reached:.0%} of its peak"
         yield Finding(
             "warmup-too-long", "prevents" if p.warmup >= 2 * p.steps else "warning",
-            f"The warm-up takes {p.warmup} of the run's {p.steps} steps: the learning rate gets to {reached:.2g} of "
-            f"{p.peak:.2g}.",
+            f"The warm-up takes {p.warmup} of the run's {p.steps} steps: the learning rate gets to {got}.",
             "The rate rises for most of the run, or never arrives: the value comes from a longer run.", p.evidence, fix,
             0.95 if p.warmup >= p.steps else 0.8, where=key, plots=lr_plot(p))
+    elif p.warmup <= 0 and p.peak is None:
+        raise NotExamined(p.unresolved)
     elif p.warmup <= 0 and p.peak > 3e-4:
         attention = any(word in str(s.get("model.encoder._target_", "")).lower() for word in ("former", "attention"))
         yield Finding(
@@ -248,14 +270,30 @@ def schedule_steps(subject):
     fix = ["return {'optimizer': optimizer, 'lr_scheduler': {'scheduler': scheduler, 'interval': 'step'}} from "
            "configure_optimizers"]
     interval = s.get("model.optim.sched.interval")
-    live = _live_interval(subject)
-    if live == "epoch" or interval == "epoch":
+    if (own := _live_schedule(subject)) is not None:
+        scheduler, live, frequency = own
+        if live != "epoch":
+            return
+        from tools.doctor.live import SHORT, stays_low
+
+        limit = s.number("trainer.max_epochs", -1)
+        epochs = int(limit) if limit > 0 else USUAL_EPOCHS
+        if (seen := stays_low(scheduler, epochs // max(frequency, 1), None)) is None:
+            return
+        by_epoch, by_step, half = seen
+        yield Finding(
+            "schedule-per-epoch", "prevents" if half > SHORT else "warning",
+            f"The model's own schedule, {type(scheduler).__name__}, is stepped once an epoch: in {epochs} epochs its "
+            f"rate gets to {by_epoch:.2g}, stepped at every step it would reach {by_step:.2g}.", cause,
+            {"interval": live, "epochs": epochs, "highest rate by epochs": by_epoch, "by steps": by_step,
+             "half of its height at": half}, fix, 0.95 if half > SHORT else 0.6,
+            where="configure_optimizers")
+    elif interval == "epoch":
         yield Finding(
             "schedule-per-epoch", "prevents" if (p.warmup or 0) > 20 else "warning",
             "The learning-rate schedule is stepped once an epoch"
             + (f", its warm-up is {p.warmup} steps." if p.warmup else "."), cause,
-            {**p.evidence, "interval": live or interval}, fix, 0.95, where="configure_optimizers" if live else
-            s.key("model.optim.sched.interval"))
+            {**p.evidence, "interval": interval}, fix, 0.95, where=s.key("model.optim.sched.interval"))
     elif p.name in EPOCH_SCHEDULERS and p.steps_a_pass and p.steps and p.steps < 3 * p.steps_a_pass:
         yield Finding(
             "schedule-per-epoch", "warning", f"{p.name} is stepped once an epoch, and the run has "
@@ -264,8 +302,9 @@ def schedule_steps(subject):
             where=s.key("model.optim.sched.name"))
 
 
-def _live_interval(subject) -> str | None:
-    """How often a live model's own configure_optimizers has its schedule stepped; None for NeMo's, or unknown."""
+def _live_schedule(subject) -> tuple | None:
+    """(schedule, "step" or "epoch", how many of them to a step of it) of a live model's own configure_optimizers; None
+    for NeMo's, and where there is none."""
     if not subject.has("model"):
         return None
     from nemo.core.classes import ModelPT
@@ -278,7 +317,7 @@ def _live_interval(subject) -> str | None:
     trainer = getattr(model, "_trainer", None)
     found = getattr(trainer, "lr_scheduler_configs", None) or []
     if found:
-        return found[0].interval
+        return found[0].scheduler, found[0].interval, found[0].frequency
     try:
         with untouched(model):
             made = model.configure_optimizers()
@@ -288,9 +327,9 @@ def _live_interval(subject) -> str | None:
     if isinstance(made, tuple) and len(made) == 2:
         schedule = made[1]
     schedule = schedule[0] if isinstance(schedule, (list, tuple)) and schedule else schedule
-    if schedule is None:
-        return None
-    return schedule.get("interval", "epoch") if isinstance(schedule, dict) else "epoch"  # Lightning's default
+    if isinstance(schedule, dict):
+        return schedule.get("scheduler"), schedule.get("interval", "epoch"), int(schedule.get("frequency", 1))
+    return (schedule, "epoch", 1) if schedule is not None else None  # Lightning's default
 
 
 @check("schedule", faults=("batch-size",), needs=("config",))

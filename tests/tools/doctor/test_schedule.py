@@ -43,6 +43,45 @@ def test_a_published_schedule_is_healthy_and_resolved():
     assert p.rate(10000) == pytest.approx(p.peak) and p.rate(40000) == pytest.approx(p.peak / 2)
 
 
+def planned(**changes):
+    from tools.doctor.schedule import plan
+    from tools.doctor.subject import Subject
+
+    subject = Subject(config=config(**changes))
+    subject.open(FAMILIES)
+    return plan(subject)
+
+
+def test_noam_hold_annealing_is_given_its_peak_and_follows_nemo():
+    torch = pytest.importorskip("torch")
+    from nemo.core.optim.lr_scheduler import NoamHoldAnnealing
+
+    hold = {"model__optim__sched__name": "NoamHoldAnnealing", "model__optim__lr": 1e-3, "trainer__max_steps": 1000,
+            "model__optim__sched__warmup_steps": 50, "model__optim__sched__hold_steps": 200,
+            "model__optim__sched__min_lr": 1e-5}
+    report, found = first(**hold)
+    assert found is None and {"lr-too-low", "lr-too-high"} <= set(report.ruled_out)
+    p = planned(**hold)
+    optimizer = torch.optim.SGD([torch.nn.Parameter(torch.zeros(1))], lr=1e-3)
+    own = NoamHoldAnnealing(optimizer, max_steps=1000, warmup_steps=50, hold_steps=200, min_lr=1e-5)
+    for step in range(900):
+        assert p.rate(step) == pytest.approx(optimizer.param_groups[0]["lr"]), step
+        optimizer.step()
+        own.step()
+
+
+@pytest.mark.parametrize("changes, reason", [
+    ({"model__optim__sched__warmup_steps": None, "model__optim__sched__warmup_ratio": 0.1, "trainer__max_steps": -1,
+      "trainer__max_epochs": 100}, "warmup_ratio"),
+    ({"model__optim__sched__d_model": None, "model__encoder__d_model": None}, "d_model"),
+])
+def test_a_peak_of_noam_that_is_not_known_is_not_judged(changes, reason):
+    report, found = first(**changes)
+    assert found is None, found
+    assert planned(**changes).peak is None
+    assert any("NoamAnnealing" in line and reason in line for line in report.not_examined), report.not_examined
+
+
 COSINE = {"model__optim__sched__name": "CosineAnnealing"}
 
 
@@ -140,6 +179,89 @@ def test_a_schedule_is_rehearsed_without_being_stepped():
     assert max(rehearsed(chain, 12)) > 3 * before
     assert optimizer.param_groups[0]["lr"] == before
     assert (chain.last_epoch, warm.last_epoch, rising.last_epoch) == epochs
+
+
+def per_epoch(kind, parameters=None):
+    """A schedule to be stepped once an epoch, on an optimizer of these parameters, or of one."""
+    import torch
+    from torch.optim import lr_scheduler
+
+    class Timms:
+        """As timm's: made by nobody of torch, and its `step` wants the epoch."""
+
+        def __init__(self, optimizer):
+            self.optimizer = optimizer
+
+        def step(self, epoch):
+            self.optimizer.param_groups[0]["lr"] = 1e-3 / (epoch + 1)
+
+        def state_dict(self):
+            return {}
+
+        def load_state_dict(self, state):
+            pass
+
+    optimizer = torch.optim.AdamW(parameters or [torch.nn.Parameter(torch.zeros(1))], lr=1e-3)
+    return {
+        "a warm-up of five epochs": lambda: lr_scheduler.LinearLR(optimizer, 0.1, total_iters=5),
+        "one cycle over the epochs": lambda: lr_scheduler.OneCycleLR(optimizer, 1e-3, total_steps=10),
+        "a decay": lambda: lr_scheduler.ExponentialLR(optimizer, 0.9),
+        "on a plateau": lambda: lr_scheduler.ReduceLROnPlateau(optimizer),
+        "of timm": lambda: Timms(optimizer),
+        "no schedule": lambda: object(),
+        "one cycle over the steps": lambda: lr_scheduler.OneCycleLR(optimizer, 1e-3, total_steps=400),
+        "a warm-up of 500 steps": lambda: lr_scheduler.LinearLR(optimizer, 0.01, total_iters=500),
+    }[kind]()
+
+
+@pytest.mark.parametrize("kind, named", [
+    ("a warm-up of five epochs", False), ("one cycle over the epochs", False), ("a decay", False),
+    ("on a plateau", False), ("of timm", False), ("no schedule", False), ("one cycle over the steps", True),
+    ("a warm-up of 500 steps", True),
+])
+def test_a_schedule_by_epochs_is_judged_by_its_rates(kind, named):
+    pytest.importorskip("torch")
+    from tools.doctor.live import hardly_rising
+
+    found = hardly_rising(per_epoch(kind), epochs=10, steps=400)
+    assert [(f.id, f.weight) for f in found] == ([("schedule-per-epoch", "prevents")] if named else [])
+
+
+def test_a_warm_up_by_epochs_in_a_trial_of_one_is_only_a_warning():
+    pytest.importorskip("torch")
+    from tools.doctor.live import hardly_rising
+
+    assert [f.weight for f in hardly_rising(per_epoch("a warm-up of five epochs"), epochs=1, steps=40)] == ["warning"]
+
+
+@pytest.mark.parametrize("kind, named", [
+    ("a warm-up of five epochs", False), ("one cycle over the epochs", False), ("of timm", False),
+    ("a warm-up of 500 steps", True),
+])
+def test_schedules_by_epochs_of_a_live_run(tmp_path, kind, named):
+    pytest.importorskip("torch")
+    import lightning.pytorch as pl
+    from torch import nn
+
+    from tests.tools.doctor.runs import FEATURES, Plain, loader, speech
+    from tools.doctor.callback import Doctor
+
+    class Own(Plain):
+        def configure_optimizers(self):
+            schedule = per_epoch(kind, list(self.parameters()))
+            return [schedule.optimizer], [schedule]
+
+        def lr_scheduler_step(self, scheduler, metric):
+            scheduler.step(self.current_epoch) if kind == "of timm" else scheduler.step()
+
+    doctor = Doctor(folder=tmp_path, stop=True, probe=False)
+    trainer = pl.Trainer(max_epochs=10, limit_train_batches=4, accelerator="cpu", logger=False, callbacks=[doctor],
+                         enable_checkpointing=False, enable_progress_bar=False, enable_model_summary=False)
+    trainer.fit(Own(nn.Linear(FEATURES, 8), 8), loader(speech()[:32]))
+    report = doctor.report()
+    assert (tmp_path / "doctor" / "report.json").is_file() and not doctor._off
+    assert ("schedule-per-epoch" in [f.id for f in report.of_weight("prevents")]) == named, report.findings
+    assert (trainer.global_step == 40) == (not named)
 
 
 def test_a_floor_above_the_rate_is_named():
