@@ -201,6 +201,10 @@ SECTIONS = ("model", "trainer", "exp_manager", "training", "corpus", *PARTS, "to
 def _shaped(cfg: DictConfig, name: str, overrides: Sequence[str]) -> Settings:
     if not cfg or cfg._is_none():
         raise _refuse(f"{name} is empty.", name, ["give a configuration of a model"], unreadable=True)
+    prefix = ""
+    if list(cfg) == ["cfg"] and isinstance(inner := cfg._get_node("cfg"), DictConfig) and len(inner):
+        # hparams.yaml of a NeMo run: the model's section, which NeMo's own scripts address as model.
+        cfg, prefix = OmegaConf.create(OmegaConf.to_container(inner, resolve=False)), "model."
     if not any(key in cfg for key in SECTIONS):
         found = ", ".join(map(str, list(cfg)[:5]))
         raise _refuse(f"{name} holds nothing of a model or a training, only {found}.", name,
@@ -218,7 +222,7 @@ def _shaped(cfg: DictConfig, name: str, overrides: Sequence[str]) -> Settings:
         whole = OmegaConf.create({"model": OmegaConf.to_container(cfg, resolve=True)})
     except OmegaConfBaseException:
         pass
-    return Settings(whole, name, prefix="")
+    return Settings(whole, name, prefix)
 
 
 def _check_section(cfg: DictConfig, key: str, name: str) -> None:

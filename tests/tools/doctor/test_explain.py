@@ -228,18 +228,31 @@ def events(folder: Path, steps, **tags) -> None:
                     writer.add_scalar(tag.replace("__", " "), value, step)
 
 
-def test_tensorboard_of_a_nemo_run_in_nats_an_utterance(tmp_path):
-    """NeMo logs the mean over utterances: the manifest's texts turn it into nats a character."""
+@pytest.mark.parametrize("shape", ["NeMo's own", "whole"])
+def test_tensorboard_of_a_nemo_run_in_nats_an_utterance(tmp_path, shape):
+    """NeMo logs the mean over utterances: the manifest's texts turn it into nats a character. Its hparams.yaml holds
+    the model's section below the one key `cfg`, no trainer."""
     manifest = tmp_path / "train.json"
     manifest.write_text("".join(json.dumps({"audio_filepath": "a.wav", "duration": 5.0, "text": "ab " * 20}) + "\n"
                                 for _ in range(4)))
     folder = tmp_path / "run"
     events(folder, 3000, train_loss=lambda s: 60 * 2.86 + wobble(s, 1.0), learning_rate=lambda s: 1e-3,
            val_wer=lambda s: 1.0 if s % 500 == 0 else None)
-    (folder / "hparams.yaml").write_text(json.dumps(config(3000, train_ds={"manifest_filepath": str(manifest)})))
-    first = explain(folder).findings[0]
+    whole = config(3000, train_ds={"manifest_filepath": str(manifest)})
+    (folder / "hparams.yaml").write_text(json.dumps(whole if shape == "whole" else {"cfg": whole["model"]}))
+    report = explain(folder)
+    first = report.findings[0]
     assert first.id == "run-plateau" and first.weight == "prevents"
     assert abs(first.evidence["loss at the end"] - 2.86) < 0.05
+    assert "input-unreadable" not in report.ids and any("model.optim.lr" in line for line in first.fix)
+
+
+def test_a_lone_cfg_without_a_model_is_refused_by_what_it_holds(tmp_path):
+    from tools.doctor.configs import ConfigUnreadable, load_config
+
+    (tmp_path / "hparams.yaml").write_text("cfg:\n  layers: 3\n")
+    with pytest.raises(ConfigUnreadable, match="nothing of a model or a training, only layers"):
+        load_config(tmp_path / "hparams.yaml")
 
 
 def test_a_loss_without_unit_is_not_judged_by_its_level(tmp_path):
