@@ -81,7 +81,7 @@ def weights_of_the_checkpoints(subject):
         if first is None or (step is not None and first[1] is not None and step < first[1]):
             first = (path, step, weights)
         elif step is not None and first[1] is not None and step > first[1]:
-            yield from _unmoved(first, (path, step, weights))
+            yield from _unmoved(subject, first, (path, step, weights))
             first = (path, step, weights) if first[1] == step else first
     if unread:
         if len(unread) == len(paths):
@@ -109,9 +109,16 @@ def _broken(path: Path, step, broken: list[str], last_good: str | None) -> Findi
         where=str(path))
 
 
-def _unmoved(first, last) -> list[Finding]:
-    """Parameters that are bit for bit the same in two checkpoints of different steps."""
+def _unmoved(subject, first, last) -> list[Finding]:
+    """Parameters that are bit for bit the same in two checkpoints of different steps.
+
+    Where the run has learned all the same, or began with trained weights, they may have been frozen on purpose.
+    """
     import torch
+
+    from tools.doctor.explain import trace_of
+    from tools.doctor.trace import shape
+    from tools.doctor.trained import look_trained, started_from
 
     (path_a, step_a, a), (path_b, step_b, b) = first, last
     names = [n for n in a if n in b and a[n].shape == b[n].shape and a[n].is_floating_point() and a[n].numel() > 1
@@ -122,11 +129,20 @@ def _unmoved(first, last) -> list[Finding]:
     share = sum(a[n].numel() for n in same) / max(values, 1)
     if not same or share < 1e-3:
         return []
+    moved = [n for n in names if n not in set(same)]
+    curve = shape(trace_of(subject))
+    learned = curve is not None and bool(curve.learned) and not curve.lost
+    started = started_from(subject.settings, trained=moved)
+    if not started and look_trained({n: a[n] for n in same}):
+        started = "the gains of their normalisations differ, as training leaves them"
+    meant = "the loss has fallen far below that of letters alone" if learned else started if moved else ""
     return [Finding(
-        "frozen", "prevents" if share > 0.5 else "warning",
+        "frozen", "prevents" if share > 0.5 and not meant else "warning",
         f"{len(same)} of {len(names)} tensors ({share:.0%} of the values) are the same at step {step_a} and at step "
         f"{step_b}, first {same[0]}.",
-        "Nothing updates them: frozen, without gradient, or in no optimizer."
-        if share < 0.99 else "Nothing was updated at all: a learning rate of 0, or an optimizer without parameters.",
+        ("Nothing updates them: frozen, without gradient, or in no optimizer." if moved else
+         "Nothing was updated at all: a learning rate of 0, or an optimizer without parameters.")
+        + (f" It may be meant: {meant}." if meant else ""),
         {"tensors": same[:12], "share of the values": share, "checkpoints": [path_a.name, path_b.name]},
-        ["look for requires_grad=False, freeze(), .detach(), and at what the optimizer is given"], 0.85, where=same[0])]
+        ["look for requires_grad=False, freeze(), .detach(), and at what the optimizer is given"],
+        0.5 if meant else 0.85, where=same[0])]

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import math
+
 import torch
 
 from tools.doctor.finding import Finding
 from tools.doctor.loss import call_loss, run_training_step
 from tools.doctor.registry import NotExamined, check
-
-FROM_TRAINED = ("init_from", "init_from_nemo_model", "init_from_pretrained_model", "init_from_ptl_ckpt")
+from tools.doctor.trained import FROM_TRAINED, judged, started_from
 
 
 def backward(probe) -> tuple[dict[str, float], str]:
@@ -33,6 +34,21 @@ def backward(probe) -> tuple[dict[str, float], str]:
             for name, p in probe.model.named_parameters() if p.requires_grad}, source
 
 
+def _wake(model) -> bool:
+    """Takes a small step with weights that are all 0 and have a gradient; whether there were any.
+
+    Adapters, LoRA and gates begin so, on purpose: what lies before them has a gradient of 0 until the first step.
+    """
+    asleep = [p for name, p in model.named_parameters() if p.requires_grad and p.grad is not None
+              and not name.endswith("bias") and not bool(p.any()) and 0 < float(p.grad.abs().max()) < math.inf]
+    with torch.no_grad():
+        for p in asleep:
+            p.sub_(1e-2 * p.grad / p.grad.abs().max())
+    for p in model.parameters():
+        p.grad = None
+    return bool(asleep)
+
+
 def parts(names: list[str]) -> list[str]:
     """Names of parameters gathered into the modules that they fill, for messages."""
     return list(dict.fromkeys(name.rpartition(".")[0] or name for name in names))
@@ -47,6 +63,9 @@ def gradients_arrive(subject):
         raise NotExamined("no parameter is trainable")
     with probe.ready(train=True):
         gradients, source = backward(probe)
+        if 0.0 in gradients.values() and _wake(probe.model):
+            later, _ = backward(probe)
+            gradients = {name: size if size != 0.0 else later[name] for name, size in gradients.items()}
     without = [name for name, size in gradients.items() if size <= 0.0]
     if not without:
         return
@@ -88,31 +107,28 @@ def gradients_arrive(subject):
 def parameters_are_trainable(subject):
     """Parameters are trainable."""
     probe = subject.probe
-    frozen = {n: p.numel() for n, p in probe.model.named_parameters()
+    frozen = {n: p for n, p in probe.model.named_parameters()
               if not p.requires_grad and not n.startswith("preprocessor.")}
     total = sum(p.numel() for p in probe.model.parameters())
     if not frozen:
         return
-    share = sum(frozen.values()) / max(total, 1)
-    started = subject.settings is not None and any(
-        subject.settings.get(key) for key in ("init_from", "init_from_nemo_model", "init_from_pretrained_model",
-                                              "init_from_ptl_ckpt"))
+    share = sum(p.numel() for p in frozen.values()) / max(total, 1)
     apart = _takes_no_part(probe, set(frozen))
-    if apart:
-        started = True
+    started = started_from(subject.settings, probe.model, getattr(probe.model, "_trainer", None),
+                           [name for name, p in probe.model.named_parameters() if p.requires_grad])
+    random, seen = judged(frozen, started)
+    random = random and not apart
     yield Finding(
         "frozen",
-        "prevents" if share > 0.2 and not started else "warning",
+        "prevents" if share > 0.2 and random else "warning",
         f"{len(frozen)} parameter tensors ({share:.0%} of all values) are frozen (requires_grad=False): "
         f"{', '.join(parts(list(frozen))[:6])}{' ...' if len(parts(list(frozen))) > 6 else ''}.",
         "They take no part in training: a copy, an average of the weights for evaluation. That is right where "
         "something updates it at every step, and else evaluation is by the weights it was made with." if apart else
-        "encoder.freeze(), a leftover of fine-tuning, or export(), which leaves a model so. Frozen random weights "
-        "learn "
-        "nothing; frozen trained ones may be meant.",
+        f"encoder.freeze(), a leftover of fine-tuning, or export(), which leaves a model so. {seen}",
         {"tensors": len(frozen), "share of values": round(share, 4), "modules": parts(list(frozen))[:20]},
         ["model.encoder.unfreeze(), or for p in model.parameters(): p.requires_grad_(True)"],
-        0.95 if not started else 0.5,
+        0.95 if random else 0.5,
         where=next(iter(frozen)),
     )
 
