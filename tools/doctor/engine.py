@@ -9,6 +9,7 @@ from typing import Any
 
 from tools.doctor.causes import name_causes
 from tools.doctor.finding import Finding, Report
+from tools.doctor.opening import NOT_CTC
 from tools.doctor.registry import FAMILIES, NEEDS, Check, NotExamined, checks
 from tools.doctor.subject import Subject
 
@@ -54,10 +55,14 @@ def examine(
     report = Report()
     families = None if families is None else list(families)
     subject.open(families)
+    # A transducer or hybrid is no fault; what else was given is examined all the same.
+    passed = [finding for finding in subject.findings if finding.id == NOT_CTC]
+    subject.findings = [finding for finding in subject.findings if finding not in passed]
+    report.not_examined += [f"the model: {finding.symptom}" for finding in passed]
     available = [need for need in NEEDS if subject.has(need)]
     if all(given is None for given in (config, model, manifests, run)) and not overrides:
         report.not_examined.append("nothing was given: a configuration, a model, manifests or the folder of a run")
-    elif not subject.findings:
+    elif not subject.findings and not passed:
         report.not_examined += [f"{family}: needs {' or '.join(FAMILIES[family][1])}" for family in families or ()
                                 if not set(FAMILIES[family][1]) & set(available)]
     if config is not None and subject.settings is not None and not subject.wants_model and families is None:

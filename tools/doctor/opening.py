@@ -17,6 +17,8 @@ from tools.doctor.configs import no_file
 from tools.doctor.finding import Finding
 from tools.doctor.subject import Subject
 
+NOT_CTC = "model-not-probed"  # of the finding that is no fault: the engine says it as not examined
+
 
 class ModelUnreadable(Exception):
     """A model that cannot be opened; `finding` says why."""
@@ -27,7 +29,7 @@ class ModelUnreadable(Exception):
 
 
 def open_model(subject: Subject):
-    """probe.Probe around the subject's model. Raises ModelUnreadable."""
+    """probe.Probe around the subject's model. Raises ModelUnreadable, for a transducer or hybrid too."""
     import torch
 
     from recipes.quiet import quiet_nemo
@@ -44,6 +46,8 @@ def open_model(subject: Subject):
         if not isinstance(given, torch.nn.Module) or not hasattr(given, "forward"):
             raise _unreadable(f"The model given is a {type(given).__name__}.", "model",
                               ["give an EncDecCTCModel, or the path of a .nemo or checkpoint"])
+        if is_transducer(given):
+            raise _not_ctc(type(given).__name__)
         return _that_runs(Probe(given, subject, device=device, own=False))
     if subject.device_wanted is not None:
         try:
@@ -56,7 +60,31 @@ def open_model(subject: Subject):
         model = _restore(Path(given), subject)
     else:
         model = build(subject.settings)
+    if is_transducer(model):
+        if subject.settings is None:  # a .nemo brings its own, and data and schedule can be examined
+            from tools.doctor.configs import Settings
+
+            subject.settings = Settings.of_live(model)
+            if not any(subject.manifests.values()):
+                subject._open_manifests()
+        raise _not_ctc(type(model).__name__)
     return _that_runs(Probe(model, subject, device=device, own=True))
+
+
+def is_transducer(model) -> bool:
+    """Whether a model is a transducer or hybrid: its forward returns encodings, which are no log-probs."""
+    import torch
+
+    if not any(isinstance(getattr(model, part, None), torch.nn.Module) for part in ("joint", "ctc_decoder")):
+        return False
+    from nemo.collections.asr.models import EncDecCTCModel
+
+    return not isinstance(model, EncDecCTCModel)  # somebody's own may have a part of that name
+
+
+def _not_ctc(name: str) -> ModelUnreadable:
+    line = f"{name} is a transducer or hybrid model: only CTC models are probed"
+    return ModelUnreadable(Finding(NOT_CTC, "note", line, "", {}, [], 1.0))
 
 
 def _that_runs(probe):
@@ -103,6 +131,8 @@ def does_not_build(
 
 def build(settings):
     """A fresh model from a configuration: our class for our recipes, else NeMo's. Raises ModelUnreadable."""
+    if any(settings.get(f"model.{part}") is not None for part in ("joint", "aux_ctc")):
+        raise _not_ctc(settings.name)
     import recipes  # noqa: F401  registers our classes with NeMo
     from nemo.collections.asr.models import EncDecCTCModel, EncDecCTCModelBPE
 

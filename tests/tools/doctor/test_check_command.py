@@ -119,6 +119,58 @@ def test_a_nemo_file_and_a_checkpoint_are_restored(tmp_path, yaml, manifest):
     assert OmegaConf.is_config(model.cfg) and tarfile.is_tarfile(tmp_path / "m.nemo")
 
 
+def hybrid_config(manifest):
+    """Configuration of a tiny hybrid of transducer and CTC over characters."""
+    from omegaconf import OmegaConf, open_dict
+
+    cfg = tiny.config()
+    labels = list(cfg.labels)
+    with open_dict(cfg):
+        cfg.spec_augment = None
+        cfg.model_defaults = {"enc_hidden": 24, "pred_hidden": 16, "joint_hidden": 16}
+        cfg.aux_ctc = {"ctc_loss_weight": 0.3, "decoder": OmegaConf.to_container(cfg.decoder)}
+        cfg.decoder = {"_target_": "nemo.collections.asr.modules.RNNTDecoder", "vocab_size": len(labels),
+                       "prednet": {"pred_hidden": 16, "pred_rnn_layers": 1, "dropout": 0.1}}
+        cfg.joint = {"_target_": "nemo.collections.asr.modules.RNNTJoint", "num_classes": len(labels),
+                     "vocabulary": labels, "log_softmax": None,
+                     "jointnet": {"encoder_hidden": 24, "pred_hidden": 16, "joint_hidden": 16, "activation": "relu"}}
+        cfg.decoding = {"strategy": "greedy", "greedy": {"max_symbols": 3}}
+        cfg.loss = {"loss_name": "pytorch"}
+        cfg.optim = {"name": "adamw", "lr": 0.0, "sched": {"name": "CosineAnnealing", "warmup_steps": 100}}
+        cfg.train_ds = {"manifest_filepath": manifest, "batch_size": 4, "labels": labels, "defer_setup": True}
+    return cfg
+
+
+@pytest.fixture(scope="module")
+def hybrid(tmp_path_factory, manifest):
+    """(the live model, a .nemo of it, a YAML of it)."""
+    from nemo.collections.asr.models import EncDecHybridRNNTCTCModel
+    from omegaconf import OmegaConf
+
+    folder = tmp_path_factory.mktemp("hybrid")
+    cfg = hybrid_config(manifest)
+    OmegaConf.save({"model": cfg, "trainer": {"max_steps": 1000}}, folder / "hybrid.yaml")
+    model = EncDecHybridRNNTCTCModel(cfg)
+    model.save_to(str(folder / "hybrid.nemo"))
+    return model, str(folder / "hybrid.nemo"), str(folder / "hybrid.yaml")
+
+
+@pytest.mark.parametrize("given", ["live", "nemo", "yaml"])
+def test_of_a_hybrid_the_data_and_the_schedule_are_examined_and_its_model_is_not(hybrid, given):
+    live, nemo, yaml = hybrid
+    report = examine(**{"live": {"model": live}, "nemo": {"model": nemo}, "yaml": {"config": yaml}}[given])
+    assert [f.id for f in report.findings if f.weight == "prevents"] == ["lr-zero"], report.findings
+    said = [line for line in report.not_examined if "a transducer or hybrid model: only CTC models are probed" in line]
+    assert len(said) == 1 and {"data", "schedule"} <= {line.split(":")[0] for line in report.examined}
+    assert not [line for line in report.not_examined if line.startswith("outputs")]
+
+
+def test_a_hybrid_that_is_asked_for_its_outputs_only_could_not_be_examined(hybrid):
+    report = examine(model=hybrid[0], families=["outputs", "loss"])
+    assert report.findings == [] and report.exit_code == 2 and len(report.not_examined) == 1
+    assert "EncDecHybridRNNTCTCModel is a transducer or hybrid model" in report.verdict
+
+
 def test_a_section_alone_a_dict_and_a_dictconfig_say_the_same(manifest):
     from omegaconf import OmegaConf
 
