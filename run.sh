@@ -18,10 +18,11 @@ usage: ./run.sh [options] [-- HYDRA_OVERRIDES]     everything, from the corpus t
   --data DIR       folder that holds the corpus's subsets (.../LibriSpeech); an existing tree is used as it is
   --exp DIR        folder for what the run makes   (default exp/MODEL_CORPUS)
   --gpus N         GPUs a node, 0 for the CPU      (default: one where there is an NVIDIA GPU)
-  --nodes N        nodes, started by torchrun or SLURM (default 1)
+  --nodes N        nodes of a cluster (default 1); with several, stages 0 to 3 run here, and the line is
+                   printed that starts training there
   --stage N        first stage                     (default 0)
   --stop-stage M   last stage                      (default 7)
-  --force          redo stages that are complete
+  --force          redo stages that are complete; training then begins anew
   --help           this text
 
 stages: 0 corpus   1 manifests   2 tokenizer (BPE only)   3 check and one batch
@@ -109,6 +110,7 @@ if [ -z "$gpus" ]; then gpus=0; if nvidia-smi -L > /dev/null 2>&1; then gpus=1; 
 exp=${exp:-exp/${model}_$corpus}
 manifests=data/$corpus
 train=(--config-name "$model" "corpus=$corpus" "exp_manager.explicit_log_dir=$exp")
+[ "$nodes" = 1 ] || [ "$gpus" -gt 0 ] || fail "--nodes $nodes: say with --gpus N how many GPUs a node has"
 if [ "$nodes" -gt 1 ]; then train+=(trainer=slurm "trainer.devices=$gpus" "trainer.num_nodes=$nodes")
 elif [ "$gpus" -gt 1 ]; then train+=(trainer=ddp "trainer.devices=$gpus")
 elif [ "$gpus" = 1 ]; then train+=(trainer=gpu)
@@ -135,6 +137,16 @@ if [ -n "$tokenizer" ]; then
 fi
 run_stage 3 "check and one batch" "$manifests/train.json $tokenizer" "$exp/check/doctor.html $exp/check/one_batch.json" \
   check "${train[@]}"
+if [ "$stage" -le 4 ] && [ "$stop_stage" -ge 4 ]; then
+  if [ -f "$exp/.stages/4" ]; then  # a complete training would be gone on with, though its data are others now
+    anew=$force
+    for path in "$manifests/train.json" "$manifests/dev.json" $tokenizer; do [ ! "$path" -nt "$exp/.stages/4" ] || anew=true; done
+    if $anew; then echo "== stage 4: begins anew, $exp/checkpoints is removed"; rm -rf "$exp/checkpoints"; fi
+  fi
+  [ "$nodes" = 1 ] || fail "stage 4 on $nodes nodes is for the cluster to start, then come --stage 5 to 7 here:
+  sbatch --nodes=$nodes --gpus-per-node=$gpus --ntasks-per-node=$gpus conf/trainer/train.sbatch $model $corpus \
+    exp_manager.explicit_log_dir=$exp ${tokenizer:+model.tokenizer.dir=$tokenizer }${overrides[*]-}"
+fi
 run_stage 4 train "$manifests/train.json $manifests/dev.json $tokenizer" "$exp/curve.csv" $python -m recipes.train "${train[@]}"
 run_stage 5 average "$exp/.stages/4" "$exp/$model.nemo" $python -m recipes.average "$exp" --out "$exp/$model.nemo"
 run_stage 6 evaluate "$exp/$model.nemo" "$exp/evaluation/metrics.json" \

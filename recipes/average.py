@@ -75,6 +75,7 @@ def save_best(folder: Path, out: Path) -> dict:
     from omegaconf import OmegaConf
 
     from recipes.data import read_rows
+    from recipes.decode import pick_device
     from recipes.train import build_model
 
     if not (folder / "config.yaml").is_file():
@@ -82,7 +83,7 @@ def save_best(folder: Path, out: Path) -> dict:
     cfg = OmegaConf.load(folder / "config.yaml")
     paths = best_checkpoints(folder)
     cfg.init_from = None
-    model = build_model(cfg)
+    model = build_model(cfg).to(pick_device())
     quiet_nemo()
     rows = read_rows(OmegaConf.to_container(cfg.model.validation_ds)["manifest_filepath"])
     states = [state_of(path) for path in paths]
@@ -96,6 +97,7 @@ def save_best(folder: Path, out: Path) -> dict:
         print(f"   validation WER {measured[name]:.2%}  {name}", flush=True)
     chosen = min(measured, key=measured.get)
     model.load_state_dict(candidates[chosen])
+    model.cpu()
     out.parent.mkdir(parents=True, exist_ok=True)
     part = out.with_name(f".part-{out.name}")
     model.save_to(str(part))

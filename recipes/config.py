@@ -136,6 +136,13 @@ def check(cfg: DictConfig) -> None:
     rules = [
         (trainer.sync_batchnorm and cpu,
          "trainer.sync_batchnorm=true needs GPUs; set trainer.sync_batchnorm=false with trainer.accelerator=cpu"),
+        (trainer.sync_batchnorm and str(cfg.model.encoder.get("_target_")).startswith("recipes."),
+         "trainer.sync_batchnorm=true changes nothing here: the encoders of recipes normalise without torch's "
+         "BatchNorm, which is what Lightning would synchronise; set it to false"),
+        (str(trainer.precision) in {"16", "16-mixed"} and cfg.model.optim.get("fused"),
+         f"trainer.precision={trainer.precision} scales the loss up, and model.optim.fused=true scales the gradients "
+         "down inside its step only, after they were clipped; set model.optim.fused=false, or "
+         "trainer.precision=bf16-mixed"),
         (trainer.use_distributed_sampler and lhotse,
          "trainer.use_distributed_sampler=true fights with lhotse, which shards the data itself; "
          "set trainer.use_distributed_sampler=false"),

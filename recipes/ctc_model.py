@@ -74,6 +74,7 @@ class _RecipeModel:
         self.infeasible_seen: set[str] = set()
         self._bad_in_a_row = 0
         self._bad_step = False
+        self._statistics: list[tuple[Tensor, Tensor]] = []
         self.end_requested = lambda: False  # monitor.SaveLast puts the SIGTERM flag here
         self.end_agreed = False
         self._validation: list[dict] = []
@@ -129,16 +130,26 @@ class _RecipeModel:
 
     # ---- training ------------------------------------------------------------------------------------------
 
+    def on_load_checkpoint(self, checkpoint: dict) -> None:
+        """Of a saved schedule only the step is taken: a run that goes on follows the plan that it is given now."""
+        super().on_load_checkpoint(checkpoint)
+        for state in checkpoint.get("lr_schedulers", []):
+            for key in set(state) - {"last_epoch", "_step_count", "_last_lr"}:
+                del state[key]
+
     def on_train_batch_start(self, batch, batch_idx):
-        """What a step draws (tempo, masks, dropout) follows from the seed, the step and the device alone: a run that was
-        cut off and goes on draws what a whole one would have drawn."""
-        step = [self._seed, self.trainer.global_step, batch_idx % self.trainer.accumulate_grad_batches]
+        """What a step draws (tempo, masks, dropout) follows from the seed, the step and the device alone: a run that
+        was cut off and goes on draws what a whole one would have drawn."""
+        part = batch_idx % self.trainer.accumulate_grad_batches  # of the step
+        if part == 0:
+            self._bad_step = False
+            self._remember_running_statistics()
+        step = [self._seed, self.trainer.global_step, part]
         self._alike = np.random.default_rng(step)
         torch.manual_seed(int(np.random.default_rng([*step, self.global_rank]).integers(2**63)))
 
     def training_step(self, batch, batch_idx):
         signals, signal_lengths, targets_BS, target_lengths, ids = batch
-        self._remember_running_statistics()
         intermediate = self.is_interctc_enabled()
         if intermediate:
             AccessMixin.set_access_enabled(access_enabled=True, guid=self.model_guid)
@@ -174,8 +185,9 @@ class _RecipeModel:
         batch_loss = loss.detach()  # what the records show, also of a batch that is skipped
         finite = torch.isfinite(batch_loss)
         self._report_infeasible(infeasible[: len(ids)], targets_BS, target_lengths, lengths, ids)
-        self._bad_step, self.end_agreed = self._any_device(~finite, self.end_requested())
-        if self._bad_step:
+        bad, self.end_agreed = self._any_device(~finite, self.end_requested())
+        self._bad_step |= bad
+        if bad:
             self._skip_batch("loss", float(batch_loss), ids, signals)
             loss = sum(p.sum() for p in self.parameters() if p.requires_grad) * 0.0
 

@@ -328,8 +328,12 @@ def read_rows(manifests) -> list[dict]:
 
 def manifest_loader(rows: list[dict], sample_rate: int, encode=None, batch_seconds: float = 240.0,
                     num_workers: int = 0, rank: int = 0, world_size: int = 1) -> DataLoader:
-    """Loader over ManifestBatches: yields (batch, positions in `rows`); one empty batch to a rank with no utterance."""
-    dataset = ManifestBatches(rows, sample_rate, encode, batch_seconds, rank=rank, world_size=world_size)
-    if not dataset.groups and world_size > 1:
-        dataset.groups.append([])  # Lightning would skip validation here, and the other ranks wait for this one's sums
+    """Loader over ManifestBatches: yields (batch, positions in `rows`), as many batches on each rank.
+
+    Those that a rank lacks are empty: at each one DistributedDataParallel waits for all ranks.
+    """
+    ranks = [ManifestBatches(rows, sample_rate, encode, batch_seconds, rank=r, world_size=world_size)
+             for r in range(world_size)]
+    dataset = ranks[rank]
+    dataset.groups += [[]] * (max(map(len, ranks)) - len(dataset))
     return DataLoader(dataset, batch_size=None, num_workers=num_workers)

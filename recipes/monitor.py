@@ -59,11 +59,6 @@ class Progress(Callback):
     def load_state_dict(self, state):
         self.seconds, self.validation = state["seconds"], state["validation"]
 
-    @property
-    def started(self) -> bool:
-        """Whether this sitting has trained at all; a run that is complete does not."""
-        return self._mark is not None
-
     def restore(self) -> None:
         """Puts an earlier sitting's curve.csv back where exp_manager has moved it away."""
         if self._earlier and not self.path.is_file():
@@ -80,6 +75,7 @@ class Progress(Callback):
                 print(f"resumed at step {trainer.global_step} of {trainer.max_steps}", flush=True)
         self._mark = self._printed = time.perf_counter()
         self._begin = (self.seconds, trainer.global_step)
+        self._step = trainer.global_step
         self._reset()
 
     def _reset(self):
@@ -100,7 +96,12 @@ class Progress(Callback):
             self._sums[key] = self._sums[key] + torch.where(finite, value, 0.0)
         self._sums["audio"] = self._sums["audio"] + stats.audio_seconds
         self._finite = self._finite + finite
-        step = trainer.global_step
+        step, before = trainer.global_step, self._step
+        self._step = step
+        if step == before:  # a batch of several that make a step
+            return
+        if step >= trainer.max_steps:
+            trainer.should_stop = True  # Lightning then validates what the last step has left, wherever it falls
         if not trainer.is_global_zero or step % self.every_n_steps and step < trainer.max_steps:
             return
         took = max(now - self._started, 1e-9)
@@ -187,7 +188,7 @@ class SaveLast(Callback):
         self._asked = False
 
     def on_train_start(self, trainer, model):
-        self._saved = time.perf_counter()
+        self._saved, self._step = time.perf_counter(), trainer.global_step
         model.end_requested = lambda: self._asked
 
         def ask(signum, frame):
@@ -200,9 +201,13 @@ class SaveLast(Callback):
         signal.signal(signal.SIGTERM, ask)
 
     def on_train_batch_end(self, trainer, model, outputs, batch, batch_idx):
+        step, before = trainer.global_step, self._step
+        self._step = step
+        if step == before:  # in the middle of a step of several batches, whose gradients no checkpoint holds
+            return
         end = model.end_agreed
         due = False
-        if trainer.global_step % 20 == 0:
+        if step % 20 == 0:
             due = bool(trainer.strategy.broadcast(time.perf_counter() - self._saved > self.every_seconds))
         if not (end or due):
             return
@@ -210,7 +215,6 @@ class SaveLast(Callback):
         save_last(trainer)
         if end:
             if trainer.is_global_zero:
-                step = trainer.global_step
                 print(f"asked to end: saved at step {step}; the same command goes on from here", flush=True)
             trainer._signal_connector.received_sigterm = True  # Lightning now ends the run on every device
 

@@ -73,21 +73,34 @@ def _guarded_fit(cfg) -> int:
 
 
 def fit(cfg):
-    """Builds trainer and model from a composed configuration and trains; returns the model."""
+    """Builds trainer and model from a composed configuration and trains; returns the model, None where a complete run
+    lies in the folder. Raises ConfigError, also where the folder holds a run with other settings."""
     import lightning.pytorch as pl
     from nemo.utils.exp_manager import exp_manager
+    from nemo.utils.get_rank import is_global_rank_zero
     from omegaconf import OmegaConf, open_dict
 
+    from recipes import resume
     from recipes.monitor import Progress, SaveLast, WandbMedia
     from tools.doctor.callback import Doctor  # an entry point may attach a monitor of tools
 
     quiet_nemo()
     check_against_code(cfg)
     with open_dict(cfg):
-        fill_in(cfg)
+        left_out = fill_in(cfg)
     pl.seed_everything(cfg.seed, workers=True, verbose=False)
     folder = Path(cfg.exp_manager.explicit_log_dir)
     folder.mkdir(parents=True, exist_ok=True)
+    if is_global_rank_zero():
+        if left_out:
+            print(left_out, flush=True)
+        resume.settle_checkpoints(folder)
+    resume.refuse_another_run(folder, cfg)
+    last = resume.last_checkpoint(folder)
+    if last is not None and (steps := resume.steps_done(last)) >= cfg.trainer.max_steps:
+        if is_global_rank_zero():
+            print(f"training is complete: step {steps} of {cfg.trainer.max_steps}", flush=True)
+        return None
     progress = Progress(folder, every_n_steps=cfg.trainer.log_every_n_steps)
     callbacks = [progress, SaveLast(), WandbMedia(), Doctor(folder=folder)]
     if cfg.exp_manager.create_wandb_logger and not os.environ.get("WANDB_API_KEY") and not _wandb_login():
@@ -96,6 +109,7 @@ def fit(cfg):
     exp_manager(trainer, OmegaConf.to_container(cfg.exp_manager, resolve=True))
     if trainer.is_global_zero:
         progress.restore()
+        resume.put_back(folder)
         OmegaConf.save(cfg, folder / "config.yaml", resolve=True)
     model = build_model(cfg, trainer)
     if trainer.is_global_zero:
@@ -110,8 +124,6 @@ def fit(cfg):
         if hasattr(logger, "experiment") and type(logger).__name__ == "WandbLogger" and trainer.is_global_zero:
             logger.experiment.config.update(OmegaConf.to_container(cfg, resolve=True), allow_val_change=True)
     trainer.fit(model)
-    if trainer.is_global_zero and not progress.started:
-        print(f"training is complete: step {trainer.global_step} of {trainer.max_steps}", flush=True)
     return model
 
 
@@ -128,29 +140,43 @@ def build_model(cfg, trainer=None):
 def load_weights(model, path: str) -> None:
     """Weights of a `.nemo` into `model`, all whose name and shape agree; says what did not.
 
-    `path` may be the name of a recipe: its pretrained weights.
-    Raises ConfigError where the file is missing or nothing agrees.
+    `path` may be the name of a recipe: its pretrained weights. A stock NeMo Conformer's encoder goes into ours.
+    Raises ConfigError where the file is missing or hardly anything of its encoder agrees.
     """
     from nemo.collections.asr.models import ASRModel
+    from nemo.collections.asr.modules import ConformerEncoder as NeMoConformer
+
+    from recipes.conformer.encoder import ConformerEncoder
+    from recipes.conformer.nemo_weights import swap_encoder
 
     path = str(pretrained_path(path)) if path in FOLDERS else path
     if not Path(path).is_file():
         raise ConfigError(f"init_from: no file {path}")
-    source = ASRModel.restore_from(path, map_location="cpu").state_dict()
+    other = ASRModel.restore_from(path, map_location="cpu")
+    if isinstance(model.encoder, ConformerEncoder) and isinstance(other.encoder, NeMoConformer):
+        try:
+            swap_encoder(other)
+        except ValueError as error:
+            raise ConfigError(f"init_from={path}: {error}") from None
+    source = other.state_dict()
     target = model.state_dict()
     kept = {key: value for key, value in source.items() if key in target and target[key].shape == value.shape}
-    if not kept:
-        raise ConfigError(f"init_from={path}: none of its weights fits this model; is the size the same?")
+    # Of the encoder: features are alike everywhere, decoders often.
+    fits, all_of_it = (sum(v.numel() for k, v in s.items() if k.startswith("encoder.")) for s in (kept, target))
+    if fits < 0.1 * all_of_it:
+        share = f"{fits / max(all_of_it, 1):.0%}"
+        raise ConfigError(f"init_from={path}: its weights fit {share} of this model's encoder; is the size the same?")
     model.load_state_dict(kept, strict=False)
     left = sorted(set(target) - set(kept))
     print(f"{len(kept)} of {len(target)} tensors from {path}; fresh: {', '.join(left[:5]) or 'none'}", flush=True)
 
 
-def fill_in(cfg) -> None:
+def fill_in(cfg) -> str:
     """Sets what follows from other values: the batch of a device, the number of steps, the schedule in steps.
 
     One global batch in seconds is the recipe's; the batch of a device is its share. Steps are counted in global
-    batches, so neither they nor the learning rate change with the number of devices.
+    batches, so neither they nor the learning rate change with the number of devices. Returns a line on the utterances
+    that are too short or too long to be trained on, empty where there is none.
     """
     from manifests.schema import read_manifest
     from recipes.lengths import split_global_batch
@@ -165,15 +191,18 @@ def fill_in(cfg) -> None:
             f"training.global_batch_seconds={cfg.training.global_batch_seconds} over {devices} devices leaves "
             f"{train.batch_duration:.2f} s for each, less than an utterance; raise it"
         )
-    computed = trainer.max_steps < 1
+    computed, left_out = trainer.max_steps < 1, ""
     if computed:
         paths = [train.manifest_filepath] if isinstance(train.manifest_filepath, str) else train.manifest_filepath
-        seconds = sum(
-            row["duration"]
-            for path in paths
-            for row in read_manifest(path)
-            if train.min_duration <= row["duration"] <= train.max_duration
-        )
+        durations = [row["duration"] for path in paths for row in read_manifest(path)]
+        kept = [duration for duration in durations if train.min_duration <= duration <= train.max_duration]
+        seconds = sum(kept)
+        if len(kept) < len(durations):
+            hours = (sum(durations) - seconds) / 3600
+            left_out = (
+                f"{len(durations) - len(kept)} of {len(durations)} utterances, {hours:.2f} h, are not trained on: shorter than "
+                f"model.train_ds.min_duration={train.min_duration:g} s or longer than max_duration={train.max_duration:g} s"
+            )
         if seconds == 0:
             raise ConfigError(f"{paths}: no utterance between {train.min_duration} and {train.max_duration} s")
         steps_a_pass = max(round(seconds / cfg.training.global_batch_seconds), 1)
@@ -190,8 +219,10 @@ def fill_in(cfg) -> None:
     schedule = cfg.model.optim.sched
     schedule.warmup_steps = max(int(cfg.training.warmup_share * trainer.max_steps), 1)
     schedule.min_lr = cfg.training.final_share * cfg.model.optim.lr
-    if isinstance(trainer.val_check_interval, int) and trainer.val_check_interval > trainer.max_steps:
-        trainer.val_check_interval = trainer.max_steps
+    if isinstance(trainer.val_check_interval, int):  # Lightning counts batches
+        steps = min(trainer.val_check_interval, trainer.max_steps)
+        trainer.val_check_interval = steps * trainer.accumulate_grad_batches
+    return left_out
 
 
 def device_count(trainer) -> int:

@@ -39,6 +39,7 @@ def test_help_lists_options_and_stages():
         (["--stop-stage", "x"], ["--stop-stage x"]),
         (["--gpus", "two"], ["--gpus two"]),
         (["--nodes", "0"], ["--nodes 0"]),
+        (["--nodes", "2", "--gpus", "0"], ["--nodes 2", "--gpus N"]),
         (["--model"], ["--model needs a value"]),
     ],
 )

@@ -1,5 +1,6 @@
 """Configurations that cannot train are refused at the start, in one line that names the key and the nearest valid one."""
 
+import json
 import subprocess
 import sys
 
@@ -24,7 +25,7 @@ def test_recipes_are_the_four_models():
 
 @pytest.mark.parametrize("recipe", recipes())
 @pytest.mark.parametrize("corpus", ["mini", "librispeech_5h", "librispeech_8h", "librispeech_100h", "librispeech_960h"])
-@pytest.mark.parametrize("size", ["small", "medium", "full"])
+@pytest.mark.parametrize("size", ["small", "medium", "large", "full"])
 def test_every_recipe_composes_with_every_corpus_and_size(recipe, corpus, size, manifests):
     overrides = [f"corpus={corpus}", f"size={size}", *manifests]
     if recipe.endswith("_bpe"):
@@ -75,6 +76,8 @@ INNER = "+model.interctc.loss_weights=[0.3]"
         ("deepspeech2", ["+model.train_ds.tarred_audio_filepaths=x"], ["trainer.max_steps"]),
         ("deepspeech2", ["+model.train_ds.shar_path=x", "trainer.max_steps=9"], ["cache_features=true", "false"]),
         ("deepspeech2", ["trainer.precision=16-mixed"], ["trainer.precision=16-mixed", "bf16-mixed"]),
+        ("deepspeech2", ["trainer=gpu", "trainer.precision=16-mixed"], ["16-mixed", "model.optim.fused=false"]),
+        ("conformer", ["trainer=ddp", "trainer.sync_batchnorm=true"], ["trainer.sync_batchnorm=true", "set it to false"]),
         ("deepspeech2", ["trainer.devices=2"], ["trainer=cpu_ddp"]),
         ("deepspeech2", ["training.warmup_share=10"], ["training.warmup_share=10"]),
         ("deepspeech2", ["training.global_batch_seconds=0"], ["training.global_batch_seconds=0"]),
@@ -125,7 +128,7 @@ def test_a_key_that_nothing_reads_is_refused(override, words, manifests):
 
 
 @pytest.mark.parametrize("recipe", recipes())
-@pytest.mark.parametrize("size", ["small", "medium", "full"])
+@pytest.mark.parametrize("size", ["small", "medium", "large", "full"])
 def test_every_key_of_our_own_recipes_is_read_by_something(recipe, size, manifests):
     extra = ["model.tokenizer.dir=x"] if recipe.endswith("_bpe") else []
     check_against_code(cfg := compose(recipe, [*manifests, *extra, f"size={size}"]))
@@ -151,3 +154,14 @@ def test_steps_that_were_asked_for_are_validated_about_as_often_as_wanted_and_ne
     fill_in(cfg)
     count, left = divmod(steps, cfg.trainer.val_check_interval)
     assert cfg.trainer.max_steps == steps and min(4, steps) <= count <= 8 and left <= 3
+
+
+def test_utterances_that_are_not_trained_on_are_counted(tmp_path):
+    from recipes.train import fill_in
+
+    rows = [{"audio_filepath": "a.flac", "duration": seconds, "text": "a"} for seconds in (0.05, 2.0, 70.0, 3.0)]
+    (tmp_path / "train.json").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    manifests = [f"corpus.{part}={tmp_path}/train.json" for part in ("train", "validation")]
+    said = fill_in(compose("deepspeech2", [*manifests, "corpus.max_duration=60"]))
+    assert said.startswith("2 of 4 utterances, 0.02 h, are not trained on") and "=60 s" in said
+    assert fill_in(compose("deepspeech2", [*manifests, "corpus.max_duration=80", "model.train_ds.min_duration=0.01"])) == ""

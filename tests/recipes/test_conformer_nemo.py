@@ -189,6 +189,23 @@ def test_a_stock_model_takes_our_encoder(stock_model, tmp_path):
         swap_encoder(model)
 
 
+def test_training_starts_from_a_stock_models_weights(stock_model, tmp_path):
+    from recipes.config import ConfigError
+    from recipes.ctc_model import CTCModel
+    from recipes.train import load_weights
+
+    path = os.fspath(tmp_path / "stock.nemo")
+    stock_model.save_to(path)
+    cfg = swap_encoder(stock_model).cfg.copy()
+    ours = CTCModel(cfg).eval()
+    load_weights(ours, path)
+    for name, value in stock_model.state_dict().items():
+        assert torch.equal(ours.state_dict()[name], value), name
+    cfg.encoder.d_model = cfg.decoder.feat_in = 24
+    with pytest.raises(ConfigError, match="its weights fit 0% of this model's encoder"):
+        load_weights(CTCModel(cfg), path)
+
+
 def restored_from(model, path):
     model.save_to(path)
     return EncDecCTCModel.restore_from(path).eval()

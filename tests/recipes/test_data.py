@@ -74,6 +74,14 @@ def test_loader_gives_audio_targets_ids_and_positions(tmp_path):
     assert sorted(found) == list(range(len(rows)))
 
 
+def test_every_rank_has_as_many_batches():
+    rows = [{"duration": seconds, "text": "a"} for seconds in (9, 8, 7, 2, 1, 1, 1, 1, 1)]
+    loaders = [manifest_loader(rows, RATE, batch_seconds=10, rank=rank, world_size=4) for rank in range(4)]
+    groups = [loader.dataset.groups for loader in loaders]
+    assert [sum(map(bool, own)) for own in groups] == [2, 2, 2, 1] and {len(own) for own in groups} == {2}
+    assert sorted(i for own in groups for group in own for i in group) == list(range(9))
+
+
 def test_offset_selects_segments_of_one_file_also_the_first(tmp_path):
     path = write_audio(tmp_path / "long.wav", 3.0)
     whole, _ = soundfile.read(path, dtype="float32")

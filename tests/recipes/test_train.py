@@ -120,9 +120,37 @@ def test_kill_9_loses_only_what_came_after_the_last_checkpoint(corpus, whole, tm
 def test_a_complete_run_is_not_trained_again(corpus, tmp_path):
     train(corpus, tmp_path, "trainer.max_steps=4")
     before = (tmp_path / "curve.csv").read_text()
+    (tmp_path / "deepspeech2.nemo").write_text("weights")
     output = train(corpus, tmp_path, "trainer.max_steps=4")
-    assert (tmp_path / "curve.csv").read_text() == before
+    assert (tmp_path / "curve.csv").read_text() == before and (tmp_path / "deepspeech2.nemo").is_file()
     assert "training is complete: step 4 of 4" in output
+    output = train(corpus, tmp_path, "trainer.max_steps=4", "model.optim.lr=1e-3", expect=2)
+    assert "holds a run with other settings: model.optim.lr was 0.004, now 0.001" in output
+
+    output = train(corpus, tmp_path, "trainer.max_steps=8", "resume_with_changes=true", "training.warmup_share=0.01")
+    assert "resumed at step 4 of 8" in output and (tmp_path / "deepspeech2.nemo").is_file()
+    with open(tmp_path / "curve.csv", newline="") as file:
+        rates = {int(row["step"]): float(row["learning_rate"]) for row in csv.DictReader(file) if row["learning_rate"]}
+    assert rates[4] < 0.1 * rates[5] and rates[5] > rates[8]  # the plan of eight steps, not that of four at its end
+
+
+def test_several_batches_make_a_step(corpus, whole, tmp_path):
+    rows = [json.loads(line) for line in open(corpus[0].split("=")[1])]
+    audio, rate = soundfile.read(rows[3]["audio_filepath"], dtype="float32")
+    audio[100] = np.nan
+    soundfile.write(tmp_path / "broken.wav", audio, rate, subtype="FLOAT")
+    rows[3] |= {"audio_filepath": str(tmp_path / "broken.wav"), "utterance": "broken-one"}
+    (tmp_path / "train.json").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    train([f"corpus.train={tmp_path}/train.json", corpus[1]], tmp_path / "exp", "trainer.accumulate_grad_batches=2",
+          "model.encoder.conv_norm=batch", "training.validations=4")
+    with open(tmp_path / "exp" / "curve.csv", newline="") as file:
+        rows = list(csv.DictReader(file))
+    validated = [int(row["step"]) for row in rows if row["val_wer"]]
+    assert [int(row["step"]) for row in rows if row["loss"]] == list(range(1, STEPS + 1))  # a row a step
+    assert 4 <= len(validated) <= 5 and validated[-1] == STEPS
+    assert all(np.isfinite(float(row["val_loss"])) for row in rows if row["val_wer"])  # statistics without NaN
+    one, two = ([run[s] for s in range(STEPS - 5, STEPS + 1)] for run in (whole, losses(tmp_path / "exp")))
+    assert np.nanmean(two) < 1.5 * np.mean(one)
 
 
 def test_two_gloo_processes_agree_with_one_at_the_same_global_batch(corpus, whole, tmp_path):
@@ -132,7 +160,8 @@ def test_two_gloo_processes_agree_with_one_at_the_same_global_batch(corpus, whol
     # Half the batch each: other batches, the same data, the same schedule at the start. Compared over a pass.
     one, both = ([run[s] for s in range(1, 9)] for run in (whole, losses(tmp_path)))
     assert abs(np.mean(one) - np.mean(both)) < 0.25 * np.mean(one)
-    output = train(corpus, tmp_path, *two, "trainer.max_steps=16", f"training.warmup_share={0.1 * STEPS / 12}")
+    output = train(corpus, tmp_path, *two, "trainer.max_steps=16", f"training.warmup_share={0.1 * STEPS / 12}",
+                   "resume_with_changes=true")
     assert "resumed at step 12 of 16" in output and max(losses(tmp_path)) == 16
 
 
