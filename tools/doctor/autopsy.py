@@ -1,22 +1,29 @@
 """Finds the first module whose output is not finite, or exploding, by computing the batch again under watch.
 
-Runs at the parameters with which it happened, before the optimizer has touched them; random states and buffers are as
-they were before and are put back after.
+Runs at the parameters with which it happened, before the optimizer has touched them; random states are as they were
+before the batch; they and the buffers are put back after. In a run on several devices only this one does it, and
+exchanges nothing with the others meanwhile (`alone`).
 """
 
 from __future__ import annotations
 
+import logging
 import math
 import random
 from dataclasses import dataclass, field
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.nn.utils.rnn import PackedSequence, pad_packed_sequence
 
+from tools.doctor.alone import alone
 from tools.doctor.trace import BadStep
 
+log = logging.getLogger("doctor")
+
 EXPLODING = 1e6  # largest absolute value: nothing in a model that trains comes near it
+ENDED = "(the forward pass ended: "  # name of what stands for an error in the list of outputs
 
 
 @dataclass
@@ -58,21 +65,26 @@ class Watch:
 
     def _hook(self, name: str):
         def see(module, arguments, keywords, output):
-            with torch.no_grad():
-                given = tensors((arguments, keywords))
-                for tensor in tensors(output)[:1]:
-                    largest = largest_value(tensor)
-                    finite = math.isfinite(largest)
-                    self.outputs.append(Output(
-                        name, type(module).__name__, largest, finite,
-                        all(math.isfinite(largest_value(t)) for t in given) if not finite else True,
-                        max((largest_value(t) for t in given), default=0.0) if not finite or largest > EXPLODING
-                        else 0.0,
-                        str(tensor.dtype).removeprefix("torch."),
-                        self._growth(module, tensor) if not finite or largest > 1e3 else None,
-                    ))
+            try:
+                with torch.no_grad():
+                    self._keep(name, module, (arguments, keywords), output)
+            except Exception:  # no memory, a kind of tensor that knows no maximum: the model's own pass goes on
+                log.debug("output of %s", name, exc_info=True)
 
         return see
+
+    def _keep(self, name: str, module, arguments, output) -> None:
+        given = tensors(arguments)
+        for tensor in tensors(output)[:1]:
+            largest = largest_value(tensor)
+            finite = math.isfinite(largest)
+            self.outputs.append(Output(
+                name, type(module).__name__, largest, finite,
+                all(math.isfinite(largest_value(t)) for t in given) if not finite else True,
+                max((largest_value(t) for t in given), default=0.0) if not finite or largest > EXPLODING else 0.0,
+                str(tensor.dtype).removeprefix("torch."),
+                self._growth(module, tensor) if not finite or largest > 1e3 else None,
+            ))
 
     def _growth(self, module, tensor: Tensor):
         """Largest absolute value in each frame, for outputs with a time axis that can be told."""
@@ -129,10 +141,14 @@ class RandomState:
 
     def __init__(self, device: torch.device):
         self.device = device
+        self.seed = torch.initial_seed()
+        self.python, self.numpy = random.getstate(), np.random.get_state()
         self.cpu = torch.get_rng_state()
         self.cuda = torch.cuda.get_rng_state(device) if device.type == "cuda" else None
 
     def restore(self) -> None:
+        random.setstate(self.python)
+        np.random.set_state(self.numpy)
         torch.set_rng_state(self.cpu)
         if self.cuda is not None:
             torch.cuda.set_rng_state(self.cuda, self.device)
@@ -150,7 +166,7 @@ def examine_batch(model, batch, batch_idx: int, step: int, state: RandomState | 
         call: listen.Call of the batch's CTC loss, or None.
         gradients_bad: whether a gradient is not finite.
         names: of the batch's utterances, "" where unknown.
-        rerun: False where a forward pass of one device alone would wait for the others.
+        rerun: False where one device alone cannot compute the model.
     """
     loss_bad = call is None or not bool(call.finite())
     bad = BadStep(step, "loss" if loss_bad else "gradient", utterances=names)
@@ -164,7 +180,8 @@ def examine_batch(model, batch, batch_idx: int, step: int, state: RandomState | 
         bad.utterances = [names[row] if row < len(names) else f"row {row}" for row in rows]
         return bad
     outputs: list[Output] = []
-    if rerun:
+    # A step that optimizes by hand would take its steps again.
+    if rerun and (is_nemo(model) or model.automatic_optimization):
         outputs = forward_again(model, batch, batch_idx, state, call)
         bad.depth = [(o.name, o.largest) for o in outputs]
     # The loss is no layer: where it alone is infinite, its targets are asked.
@@ -175,7 +192,10 @@ def examine_batch(model, batch, batch_idx: int, step: int, state: RandomState | 
         _describe(bad, culprit, outputs)
     elif call is not None and not bool(torch.isfinite(call.log_probs).all()):
         bad.origin, bad.what = "forward" if outputs == [] else "unknown", "log-probs"
-        bad.details["note"] = "the same batch computed again is finite: dropout or the order of sums decides"
+        if outputs and outputs[-1].name.startswith(ENDED):
+            bad.details["note"] = f"the batch could not be computed again: {outputs[-1].name[len(ENDED):-1]}"
+        elif outputs:
+            bad.details["note"] = "the same batch computed again is finite: dropout or the order of sums decides"
     elif loss_bad and call is not None:
         bad.origin = "loss"
         bad.details["loss"] = str(float(call.per_label()))
@@ -191,27 +211,31 @@ def examine_batch(model, batch, batch_idx: int, step: int, state: RandomState | 
 def forward_again(model, batch, batch_idx: int, state: RandomState | None, call) -> list[Output]:
     """Outputs of all modules for the batch, computed once more; the model is as before afterwards."""
     now = RandomState(next(model.parameters()).device)
-    python = random.getstate()
-    buffers = {name: buffer.clone() for name, buffer in model.named_buffers()}
+    buffers = [(module, name, buffer, buffer.clone()) for module in model.modules()
+               for name, buffer in module._buffers.items() if buffer is not None]
     watch = Watch(model, times=tuple(times_of(batch, call)))
     if state is not None:
         state.restore()
+        if now.seed != state.seed:  # the model seeded this step, after our hook and before its forward pass
+            torch.manual_seed(now.seed)
     try:
-        with torch.no_grad(), watch:
+        with torch.no_grad(), alone(), watch:
             if is_nemo(model) and isinstance(batch, (list, tuple)) and len(batch) >= 2:
                 kind = "processed_signal" if batch[0].ndim == 3 else "input_signal"  # features, where they are kept
                 with torch.autocast(model.device.type, **_autocast(model)):
-                    model.forward(**{kind: batch[0], f"{kind}_length": batch[1]})
+                    # A copy: NeMo adds dither to the audio in place.
+                    model.forward(**{kind: batch[0].clone(), f"{kind}_length": batch[1]})
             else:
                 _quiet_step(model, batch, batch_idx)
     except Exception as error:  # what was seen up to the error is still worth reporting
-        watch.outputs.append(Output(f"(the forward pass ended: {type(error).__name__})", "", 0.0, True, True, 0.0, ""))
+        said = f"{type(error).__name__}: {' '.join(str(error).split())[:100]}"
+        watch.outputs.append(Output(f"{ENDED}{said})", "", 0.0, True, True, 0.0, ""))
     finally:
         now.restore()
-        random.setstate(python)
-        for name, buffer in model.named_buffers():
-            if name in buffers:
-                buffer.copy_(buffers[name])
+        with torch.no_grad():
+            for module, name, buffer, value in buffers:
+                module._buffers[name] = buffer
+                buffer.copy_(value)
     return watch.outputs
 
 
