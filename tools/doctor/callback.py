@@ -20,6 +20,7 @@ from lightning.pytorch import Callback
 from torch import Tensor
 
 from tools.doctor import devices, listen, utterances
+from tools.doctor.alone import alone, possible
 from tools.doctor.autopsy import RandomState, Watch, broken_parameters, examine_batch
 from tools.doctor.causes import name_causes
 from tools.doctor.delivered import Delivered
@@ -31,6 +32,7 @@ from tools.doctor.live import (
     schedule_findings, settings_of,
 )
 from tools.doctor.metrics import Tally
+from tools.doctor.pace import Pace
 from tools.doctor.registry import NotExamined
 from tools.doctor.run import diagnose
 from tools.doctor.trace import Trace
@@ -58,23 +60,24 @@ class Doctor(Callback):
                  budget: float = 0.01, probe: bool = True):
         if every_n_steps < 1 or not 0 < budget < 1:
             raise ValueError(f"Doctor(every_n_steps={every_n_steps}, budget={budget}): from 1 up, and between 0 and 1")
-        self.stop, self.every_n_steps, self.budget, self.probe = stop, every_n_steps, budget, probe
+        self.stop, self.every_n_steps, self.probe = stop, every_n_steps, probe
         self.folder = None if folder is None else Path(folder)
         self.trace = Trace()
         self.fixed: list[Finding] = []  # found once, in the set-up, a scan or the metrics
         self.examined: list[str] = []
         self.not_examined: list[str] = []
-        self.cost = 0.0  # seconds spent here
+        self.pace = Pace(every_n_steps, budget)
         self._listener = listen.CTCListener()
         self._told: set[str] = set()
-        self._begun = self._batch_ended = None
-        self._stride = every_n_steps
+        self._batch_ended = None
         self._bad_in_a_row = 0
         self._recent: deque = deque(maxlen=1000)
         self._waits: list[float] = []
         self._tally: Tally | None = None
         self._model = None
         self._ends = self._off = False
+        self._asked = 0  # step at which all devices last asked each other whether to end
+        self._computes_alone = True
         self._loss: Tensor | None = None
         self._watch: Watch | None = None
         self._delivered: Delivered | None = None
@@ -87,6 +90,8 @@ class Doctor(Callback):
     @guarded
     def on_train_start(self, trainer, pl_module):
         self._model, self._final = pl_module, None
+        if any(type(p).__name__ == "DTensor" for p in pl_module.parameters()):
+            raise TypeError("each device holds a part of each parameter; runs on one device and with DDP are watched")
         self.folder = self.folder or run_folder(trainer)
         trace = self.trace
         trace.sources = ["callback"]
@@ -102,31 +107,28 @@ class Doctor(Callback):
         manifests = trace.settings.manifests.get("train", []) if trace.settings is not None else []
         self._delivered = Delivered(manifests, utterances.rate_of(pl_module), utterances.frame_rate_of(pl_module))
         self._listener.open()
-        self._begun = time.perf_counter()
+        self._computes_alone = possible(trainer)
+        self.pace.begun = time.perf_counter()
         self._batch_ended = None
         self._announce(trainer)
 
     @guarded
     def on_train_batch_start(self, trainer, pl_module, batch, batch_idx):
-        begin = time.perf_counter()
-        if self._batch_ended is not None:
-            self._wait = begin - self._batch_ended
-        else:
-            self._wait = None
-        self._started = begin
-        self._batch = (batch, batch_idx)
-        self._step_taken = False
-        self._listener.active = True
-        self._listener.clear()
-        self._loss = None
-        self._state = RandomState(pl_module.device)
-        step = trainer.global_step
-        self._looks = step % self._stride == 0 or step < 5
-        self._watch = None
-        if step in (0, 20) or (step % SCAN_EVERY == 0 and self._affordable()):
-            self._watch = Watch(pl_module, leaves_only=True)
-            self._watch.__enter__()
-        self.cost += time.perf_counter() - begin
+        with self.pace.counted() as begin:
+            self._wait = None if self._batch_ended is None else begin - self._batch_ended
+            self._started = begin
+            self._batch = (batch, batch_idx)
+            self._step_taken = False
+            self._listener.active = True
+            self._listener.clear()
+            self._loss = None
+            self._state = RandomState(pl_module.device)
+            step = trainer.global_step
+            self._looks = step % self.pace.stride == 0 or step < 5
+            self._watch = None
+            if step in (0, 20) or (step % SCAN_EVERY == 0 and self.pace.affordable()):
+                self._watch = Watch(pl_module, leaves_only=True)
+                self._watch.__enter__()
 
     def _first_step(self, trainer, model) -> None:
         """Looks at the parameters when the first step is to be taken: hooks of the model may have replaced some."""
@@ -139,54 +141,64 @@ class Doctor(Callback):
 
     @guarded
     def on_before_backward(self, trainer, pl_module, loss):
-        begin = time.perf_counter()
-        if 0 < trainer.global_step <= 4 and self._batch[1] % trainer.accumulate_grad_batches == 0:
-            self.fixed = keep_gradients(self.fixed, trainer, pl_module)
-        self._loss = loss.detach() * trainer.accumulate_grad_batches
-        self._end_scan()
-        self.cost += time.perf_counter() - begin
+        asks = 0 < trainer.global_step <= 4 and self._batch[1] % trainer.accumulate_grad_batches == 0
+        with self.pace.counted(pl_module.device if asks else None):
+            if asks:
+                self.fixed = keep_gradients(self.fixed, trainer, pl_module)
+            self._loss = loss.detach() * trainer.accumulate_grad_batches
+            self._end_scan()
 
     @guarded
     def on_before_optimizer_step(self, trainer, pl_module, optimizer):
-        begin = time.perf_counter()
-        self._step_taken = True
-        if self._gradients is None:
-            self._first_step(trainer, pl_module)
-        gradients = [p.grad for _, p in self._parameters if p.grad is not None]
-        norm = torch.nn.utils.get_total_norm(gradients) if gradients else torch.zeros((), device=pl_module.device)
-        self._check_step(trainer, pl_module, norm)
-        if self._looks:
-            self._movement.before()
-            self._gradients.look(self.trace)
-        self.cost += time.perf_counter() - begin
+        with self.pace.counted(pl_module.device):
+            self._step_taken = True
+            if self._gradients is None:
+                self._first_step(trainer, pl_module)
+            gradients = [p.grad for _, p in self._parameters if p.grad is not None]
+            norm = torch.nn.utils.get_total_norm(gradients) if gradients else torch.zeros((), device=pl_module.device)
+            self._check_step(trainer, pl_module, norm)
+            if self._looks:
+                self._movement.before()
+                self._gradients.look(self.trace)
+
+    def on_train_batch_end(self, trainer, pl_module, outputs, batch, batch_idx):
+        self._after_batch(trainer, pl_module)
+        if self.stop and trainer.world_size > 1:
+            self._end_together(trainer, pl_module)
 
     @guarded
-    def on_train_batch_end(self, trainer, pl_module, outputs, batch, batch_idx):
-        begin = time.perf_counter()
-        self._end_scan()
-        if not self._step_taken:
-            self._check_step(trainer, pl_module, None)
-        elif self._looks:
-            self._look(trainer)
-        if self._step_taken:
-            self._remember_rate(trainer)
-        if self._wait is not None:
-            self._waits.append(self._wait / max(self._wait + begin - self._started, 1e-9))
-        step = trainer.global_step
-        if self._waits and (len(self._waits) >= 50 or self._looks and len(self._waits) >= self._stride):
-            self.trace.add("wait", step, sorted(self._waits)[len(self._waits) // 2])
-            self._waits = []
-        self._listener.clear()
-        self._batch = self._state = None
-        if self._step_taken and step and step % (10 * self.every_n_steps) == 0:
-            self.trace.thin()
-            self._pace()
-            self._announce(trainer)
-            if self.stop and trainer.world_size > 1:  # all devices ask at the same steps
-                self._ends = trainer.strategy.reduce_boolean_decision(self._ends, all=False)
-                self._stop_now(trainer)
+    def _after_batch(self, trainer, pl_module):
+        with self.pace.counted(pl_module.device if self._looks or not self._step_taken else None) as begin:
+            self._end_scan()
+            if not self._step_taken:
+                self._check_step(trainer, pl_module, None)
+            elif self._looks:
+                self._look(trainer)
+            if self._step_taken:
+                self._remember_rate(trainer)
+            if self._wait is not None:
+                self._waits.append(self._wait / max(self._wait + begin - self._started, 1e-9))
+            step = trainer.global_step
+            if self._waits and (len(self._waits) >= 50 or self._looks and len(self._waits) >= self.pace.stride):
+                self.trace.add("wait", step, sorted(self._waits)[len(self._waits) // 2])
+                self._waits = []
+            self._listener.clear()
+            self._batch = self._state = None
+            if self._step_taken and step and step % (10 * self.every_n_steps) == 0:
+                self.trace.thin()
+                self.pace.adapt()
+                self._announce(trainer)
         self._batch_ended = time.perf_counter()
-        self.cost += self._batch_ended - begin
+
+    @guarded
+    def _end_together(self, trainer, pl_module):
+        """Ends the run on all devices where one wants to. All must ask at the same steps, also one that is off: what
+        decides is the step alone, and nothing that a device may have seen or failed at."""
+        step = trainer.global_step
+        if step % (10 * self.every_n_steps) == 0 and step != self._asked:
+            self._asked = step
+            self._ends = trainer.strategy.reduce_boolean_decision(self._ends, all=False)
+            self._stop_now(trainer)
 
     @guarded
     def on_train_end(self, trainer, pl_module):
@@ -196,7 +208,7 @@ class Doctor(Callback):
 
     @guarded
     def on_exception(self, trainer, pl_module, exception):
-        if self._begun is not None and not isinstance(exception, KeyboardInterrupt):
+        if self.pace.begun is not None and not isinstance(exception, KeyboardInterrupt):
             self.trace.messages.append(("trainer", f"{type(exception).__name__}: "
                                                    f"{' '.join(str(exception).split())[:300]}"))
         self._finish(trainer, pl_module, alone=True)
@@ -210,7 +222,7 @@ class Doctor(Callback):
     def on_validation_epoch_start(self, trainer, pl_module):
         self._batch_ended = None  # the time of a validation is no waiting for data
         self._tally = None
-        if self._begun is not None and not trainer.sanity_checking and Tally.wanted(self.fixed, self.examined):
+        if self.pace.begun is not None and not trainer.sanity_checking and Tally.wanted(self.fixed, self.examined):
             self._tally = Tally(pl_module)
 
     @guarded
@@ -220,33 +232,31 @@ class Doctor(Callback):
 
     @guarded
     def on_validation_batch_end(self, trainer, pl_module, outputs, batch, batch_idx, dataloader_idx=0):
-        begin = time.perf_counter()
-        if self._tally is not None:
-            # One loader, with a loss that could be heard, within the time there is; else the comparison is off.
-            whole = dataloader_idx == 0 and self._listener.call is not None and self._affordable(5.0)
-            self._tally = self._tally if whole and self._tally.add(self._listener.call) else None
-        self._listener.clear()
-        self.cost += time.perf_counter() - begin
+        with self.pace.counted(pl_module.device if self._tally is not None else None):
+            if self._tally is not None:
+                # One loader, with a loss that could be heard, within the time there is; else the comparison is off.
+                whole = dataloader_idx == 0 and self._listener.call is not None and self.pace.affordable(5.0)
+                self._tally = self._tally if whole and self._tally.add(self._listener.call) else None
+            self._listener.clear()
 
     @guarded
     def on_validation_end(self, trainer, pl_module):
-        begin = time.perf_counter()
-        if self._begun is None or trainer.sanity_checking:
+        if self.pace.begun is None or trainer.sanity_checking:
             return
-        step = trainer.global_step
-        metrics = {key: float(value) for key, value in trainer.callback_metrics.items() if is_scalar(value)}
-        for key in ("val_loss", "val_wer", "val_cer", "val_blank_rate"):
-            if key in metrics:
-                self.trace.add(key, step, metrics[key])
-        if self._tally is not None and trainer.world_size == 1:
-            judged = self._tally.judge(metrics)
-            if judged is not None:
-                self.examined.append(self._tally.title)
-                self.fixed += judged
-        self._tally = None
+        with self.pace.counted():
+            step = trainer.global_step
+            metrics = {key: float(value) for key, value in trainer.callback_metrics.items() if is_scalar(value)}
+            for key in ("val_loss", "val_wer", "val_cer", "val_blank_rate"):
+                if key in metrics:
+                    self.trace.add(key, step, metrics[key])
+            if self._tally is not None and trainer.world_size == 1:
+                judged = self._tally.judge(metrics)
+                if judged is not None:
+                    self.examined.append(self._tally.title)
+                    self.fixed += judged
+            self._tally = None
+            self._announce(trainer)
         self._batch_ended = None
-        self._announce(trainer)
-        self.cost += time.perf_counter() - begin
 
     # ---- looking -------------------------------------------------------------------------------------------
 
@@ -292,15 +302,15 @@ class Doctor(Callback):
         if self.trace.bad is None:
             batch, index = self._batch
             names = self._names(batch, model, call)
-            alone = trainer.world_size == 1 or not any("SyncBatchNorm" in type(m).__name__ for m in model.modules())
             bad = examine_batch(model, batch, index, trainer.global_step + 1, self._state, call, gradient_only, names,
-                                alone)
+                                self._computes_alone)
             if math.isfinite(before := getattr(self, "_norm_before", math.nan)):
                 bad.details["gradient norm of the step before"] = before
             if scaler:
                 bad.origin = "backward"
             elif gradient_only and trainer.world_size > 1:  # gradients are summed over devices before this
-                bad.details["or"] = "it came from another device, where the loss is not finite: see its own log"
+                bad.details[devices.FROM_ANOTHER] = ("it came from another device, where the loss is not finite: see "
+                                                     "its own log")
             self.trace.bad = bad
             log.warning("doctor: step %d: %s is not finite; origin: %s %s; utterances %s", bad.step, bad.what,
                         bad.origin, bad.module, ", ".join(names[:8]))
@@ -328,7 +338,7 @@ class Doctor(Callback):
             self.trace.add("update", step, update)
         if call is None or (self.trace.bad is not None and not bool(torch.isfinite(call.log_probs).all())):
             return
-        self._frames.look(trace, call, step, self._affordable() and step % (20 * self._stride) == 0)
+        self._frames.look(trace, call, step, self.pace.affordable() and step % (20 * self.pace.stride) == 0)
         self._look_at_delivery(trainer, call)
 
     def _look_at_delivery(self, trainer, call) -> None:
@@ -363,22 +373,6 @@ class Doctor(Callback):
         if trainer.optimizers:
             self.trace.add("lr", trainer.global_step, float(trainer.optimizers[0].param_groups[0]["lr"]))
 
-    # ---- pace and memory -----------------------------------------------------------------------------------
-
-    def _affordable(self, times: float = 1.0) -> bool:
-        if self._begun is None:
-            return False
-        spent = time.perf_counter() - self._begun
-        return self.cost < times * self.budget * max(spent, 20.0)
-
-    def _pace(self) -> None:
-        """Looks less often where it costs more than its share, and more often again where it does not."""
-        spent = max(time.perf_counter() - self._begun, 1e-9)
-        if self.cost > self.budget * spent:
-            self._stride = min(self._stride * 2, 50 * self.every_n_steps)
-        elif self._stride > self.every_n_steps and self.cost < 0.5 * self.budget * spent:
-            self._stride //= 2
-
     # ---- speaking ------------------------------------------------------------------------------------------
 
     def report(self, probes: bool = False) -> Report:
@@ -391,13 +385,14 @@ class Doctor(Callback):
         found, ruled_out, missing = diagnose(self.trace)
         fixed_ids = {finding.id for finding in self.fixed}
         found = [*self.fixed, *[finding for finding in found if finding.id not in fixed_ids]]
-        found += devices.seen_elsewhere(self._others, 0, {finding.id for finding in found})
+        found = devices.joined(found, self._others, 0)
         report = Report(found, ["run: the curve, by the callback", *self.examined], ruled_out,
                         [*missing, *self.not_examined])
         early = self.trace.ended and self.trace.last_step >= PROBE_STEPS
         troubled = any(f.id.startswith("run-") and (f.weight != "note" or f.id == "run-early" and early) for f in found)
-        if probes and troubled and self._model is not None:
-            report = probe_model(self._model, report)
+        if probes and troubled and self._model is not None and self._computes_alone:
+            with alone():  # asked of one rank only, in a run on several devices
+                report = probe_model(self._model, report)
         report.findings = follow_rate(name_causes(report.findings))
         report.sort()
         report.ruled_out = sorted(set(report.ruled_out) - set(report.ids))
@@ -432,16 +427,14 @@ class Doctor(Callback):
 
     def _ask_others(self, trainer) -> None:
         """At the end of a run on several devices: rank 0 learns what the others have seen. No rank may leave it out."""
-        self._others = devices.ask(trainer, self.trace, lambda: self.report().findings, self.cost)
+        self._others = devices.ask(trainer, self.trace, lambda: self.report().findings, self.pace.cost)
 
     def _finish(self, trainer, model, alone: bool = False) -> None:
         self._listener.close()
-        if self._begun is None:
+        if self.pace.begun is None:
             return
-        seconds = time.perf_counter() - self._begun
-        share = self.cost / max(seconds, 1e-9)
         self.examined = [line for line in self.examined if not line.startswith("cost:")]
-        self.examined.append(f"cost: {self.cost:.2f} s of {seconds:.0f} s, {share:.2%}")
+        self.examined.append(f"cost: {self.pace.share()}")
         report = self.report(probes=self.probe and trainer.world_size == 1)
         save(self.folder, report, self.trace, trainer, alone)
-        self._begun, self._final = None, report
+        self.pace.begun, self._final = None, report

@@ -9,6 +9,8 @@ from tools.doctor.trace import Trace
 
 log = logging.getLogger("doctor")
 
+FROM_ANOTHER = "or"  # in the evidence of a gradient that another device may have spoilt
+
 
 def together(trainer) -> bool:
     """Whether this run has several ranks that can speak to each other."""
@@ -72,6 +74,17 @@ def count_together(trace: Trace, every: list[dict], rank: int) -> None:
                 trace.infeasible.setdefault(name, tuple(room))
 
 
+def joined(found: list[Finding], every: list[dict], rank: int) -> list[Finding]:
+    """A rank's findings and those of the others. That a summed gradient is not finite yields to what the rank has found
+    whose loss was not."""
+    own = [finding for finding in found if FROM_ANOTHER not in finding.evidence]
+    more = seen_elsewhere(every, rank, {finding.id for finding in own})
+    if any("first at step" in finding.evidence for finding in more):
+        return own + more
+    ids = {finding.id for finding in found}
+    return found + [finding for finding in more if finding.id not in ids]
+
+
 def seen_elsewhere(every: list[dict], rank: int, known: set[str]) -> list[Finding]:
     """Findings of other ranks of which this one knows nothing, each once, with the rank in its evidence."""
     found: dict[str, Finding] = {}
@@ -80,7 +93,7 @@ def seen_elsewhere(every: list[dict], rank: int, known: set[str]) -> list[Findin
             continue
         for finding in Report.from_dict({"findings": told["findings"], "examined": [], "ruled_out": [],
                                          "not_examined": []}).findings:
-            if finding.id not in known and finding.id not in found:
+            if finding.id not in known and finding.id not in found and FROM_ANOTHER not in finding.evidence:
                 finding.evidence = {"seen on device": other, **finding.evidence}
                 found[finding.id] = finding
     return list(found.values())

@@ -7,13 +7,15 @@ import logging
 
 log = logging.getLogger("doctor")
 
+ALWAYS = ("on_train_end", "on_exception", "_end_together")  # where the other devices wait for an answer, or a user does
+
 
 def guarded(hook):
     """A hook that cannot end the run: where it fails, the callback says so and switches itself off."""
 
     @functools.wraps(hook)
     def safe(self, trainer, pl_module, *arguments, **keywords):
-        if self._off and hook.__name__ not in ("on_train_end", "on_exception"):
+        if self._off and hook.__name__ not in ALWAYS:
             return
         try:
             hook(self, trainer, pl_module, *arguments, **keywords)

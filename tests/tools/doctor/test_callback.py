@@ -131,7 +131,7 @@ def test_the_start_of_training_is_no_fault(tmp_path):
 def test_it_looks_less_often_where_looking_costs_more_than_its_share(tmp_path):
     doctor = fit(Plain(nn.Linear(FEATURES, 8), 8), loader(speech()), tmp_path, 40, every_n_steps=1, budget=1e-6,
         probe=False)
-    assert doctor._stride > 1
+    assert doctor.pace.stride > 1
 
 
 def test_bad_arguments_are_refused():
@@ -258,7 +258,7 @@ def test_a_fault_of_the_callback_switches_it_off_and_the_run_goes_on(tmp_path, m
     doctor = fit(Plain(nn.Linear(FEATURES, 8), 8), loader(speech()), tmp_path, 12, probe=False)
     assert doctor._model.trainer.global_step == 12
     saved = Report.from_dict(json.loads((tmp_path / "doctor" / "report.json").read_text()))
-    assert any("ZeroDivisionError in on_train_batch_end: made up" in line for line in saved.not_examined)
+    assert any("ZeroDivisionError in _after_batch: made up" in line for line in saved.not_examined)
 
 
 # ---- one fault each -------------------------------------------------------------------------------------------
