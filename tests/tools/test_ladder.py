@@ -124,7 +124,7 @@ def test_a_rung_changes_what_it_says_and_nothing_else(overrides):
     cfg = compose("conformer", [*overrides, "corpus=librispeech_8h", *overrides])
     heart, hour = settings(HEART, cfg, 320.0), settings(HOUR, cfg, 3600.0)
     assert settings(ALL, cfg, 28800.0) == {}
-    assert heart["training.global_batch_seconds"] == 40 and hour["training.global_batch_seconds"] == 160
+    assert heart["training.global_batch_seconds"] == 40 and hour["training.global_batch_seconds"] == 64
     silenced = {"model.encoder.dropout", "model.encoder.dropout_pre_encoder", "model.encoder.dropout_att",
                 "model.spec_augment", "model.preprocessor.dither", "model.tempo", "model.consistency_weight",
                 "model.noise_and_rooms", "init_from"}
