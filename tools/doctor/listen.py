@@ -8,6 +8,7 @@ Shapes: T frames, B batch, S targets, V labels with the blank.
 
 from __future__ import annotations
 
+import logging
 from dataclasses import dataclass, replace
 
 import torch
@@ -15,6 +16,8 @@ from torch import Tensor
 from torch.nn import functional
 
 from recipes.lengths import adjacent_repeats, valid_mask
+
+log = logging.getLogger("doctor")
 
 
 @dataclass
@@ -81,7 +84,11 @@ class CTCListener:
         def ctc_loss(log_probs, targets, input_lengths, target_lengths, blank=0, reduction="mean", zero_infinity=False):
             result = original(log_probs, targets, input_lengths, target_lengths, blank, reduction, zero_infinity)
             if self.active and self.call is None:
-                self._keep(log_probs, targets, input_lengths, target_lengths, blank, reduction, zero_infinity, result)
+                try:
+                    self._keep(log_probs, targets, input_lengths, target_lengths, blank, reduction, zero_infinity,
+                        result)
+                except Exception as error:  # in the middle of somebody's forward pass
+                    log.warning(f"the doctor could not keep a CTC loss to look at: {error}")
             return result
 
         self._wrapper = ctc_loss

@@ -178,7 +178,7 @@ def rehearsed(scheduler, steps: int) -> list[float]:
     It ends where the schedule refuses to go on: after its total of steps, or with a `step` of other arguments.
     """
     copied = _apart(scheduler, {})
-    rates = [max(group["lr"] for group in copied.optimizer.param_groups)]
+    rates = [max(float(group["lr"]) for group in copied.optimizer.param_groups)]
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # there is no optimizer step between
         for _ in range(steps):
@@ -186,7 +186,7 @@ def rehearsed(scheduler, steps: int) -> list[float]:
                 copied.step()
             except Exception:  # anybody's schedule
                 break
-            rates.append(max(group["lr"] for group in copied.optimizer.param_groups))
+            rates.append(max(float(group["lr"]) for group in copied.optimizer.param_groups))
     return rates
 
 
@@ -197,8 +197,9 @@ def _apart(scheduler, optimizers: dict):
     if id(own) not in optimizers:
         # Its kind matters to some schedules (momentum of a cycle), its weights to none.
         stand_in = copy.copy(own)
-        stand_in.param_groups = [{key: value for key, value in group.items() if key != "params"}
-                                 for group in own.param_groups]
+        # torch fills a rate that is a tensor in place: the real one must not be it.
+        stand_in.param_groups = [{key: value.clone() if hasattr(value, "clone") else value
+                                  for key, value in group.items() if key != "params"} for group in own.param_groups]
         optimizers[id(own)] = stand_in
     copied.optimizer = optimizers[id(own)]
     if hasattr(scheduler, "_schedulers"):

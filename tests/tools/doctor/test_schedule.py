@@ -171,6 +171,9 @@ def test_a_schedule_is_rehearsed_without_being_stepped():
     optimizer = torch.optim.Adam([weight], lr=1.0)
     rising = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: min((step + 1) / 10, 1.0))
     rates = rehearsed(rising, 20)
+    held = torch.optim.Adam([torch.nn.Parameter(torch.zeros(1))], lr=torch.tensor(1.0), foreach=False)
+    tensors = rehearsed(torch.optim.lr_scheduler.LinearLR(held, 0.1, total_iters=10), 20)
+    assert tensors[0] < 0.2 and tensors[-1] == 1.0 and float(held.param_groups[0]["lr"]) < 0.2
     assert rates[0] == pytest.approx(0.1) and max(rates) == 1.0 and rates[4] == pytest.approx(0.5)
     warm = torch.optim.lr_scheduler.LinearLR(optimizer, 0.1, 1.0, 5)
     chain = torch.optim.lr_scheduler.SequentialLR(
