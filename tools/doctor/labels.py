@@ -23,7 +23,12 @@ def training_encoder(probe):
     elif probe.vocabulary:
         from nemo.collections.common.parts.preprocessing.parsers import make_parser
 
-        encode = make_parser(labels=training_labels(probe), name="en", do_normalize=False)
+        name = str(training_option(probe, "parser") or "en")
+        try:
+            encode = make_parser(labels=training_labels(probe), name=name,
+                                 do_normalize=bool(training_option(probe, "normalize_transcripts")))
+        except ValueError:
+            raise NotExamined(f"NeMo has no parser {name!r} (train_ds.parser)") from None
     probe._training_encoder = encode
     return encode
 
@@ -40,6 +45,31 @@ def training_labels(probe) -> list[str]:
         if section is not None and section.get("labels"):
             return [str(label) for label in section.labels]
     return probe.vocabulary
+
+
+def training_option(probe, name: str):
+    """An option of the training section, of the settings or else of the model's own; None where neither has it."""
+    settings = probe.subject.settings
+    value = settings.get(f"model.train_ds.{name}") if settings is not None else None
+    if value is not None:
+        return value
+    cfg = getattr(probe.model, "_cfg", None)
+    section = cfg.get("train_ds") if cfg is not None else None
+    return section.get(name) if section is not None else None
+
+
+def as_encoded(probe, text: str) -> str:
+    """The text that its targets ought to spell: cleaned where training cleans it (`normalize_transcripts`).
+
+    Characters that are no label at all are left out: the data family says so, and how many they are.
+    """
+    encode = training_encoder(probe)
+    if getattr(encode, "_do_normalize", False) and hasattr(encode, "_normalize"):
+        text = encode._normalize(text) or ""
+    known = {*training_labels(probe), *probe.vocabulary} if probe.labels is not None else set()
+    if known and all(len(label) == 1 for label in known):
+        text = "".join(char for char in text if char in known)
+    return text
 
 
 def _parser_of(loader):
@@ -175,8 +205,9 @@ def text_survives(subject):
                 continue
             frames = [frame for index in target for frame in (index, blank)]
             back = decode_frames(probe, frames)
-            if _letters(back) != _letters(text):
-                changed.append((text, back))
+            spelt = as_encoded(probe, text)
+            if _letters(back) != _letters(spelt):
+                changed.append((spelt, back))
     if not compared:
         raise NotExamined("no text can be turned into targets")
     if beyond:

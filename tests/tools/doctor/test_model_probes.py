@@ -353,6 +353,17 @@ def test_texts_of_the_manifest_go_the_way_of_training(tmp_path):
     path = str(tiny.write_rows(tmp_path / "t.json", tiny.corpus(tmp_path)))
     model = stock()
     assert "label-order" in examine(model=model, manifests={"train": path}, families=["labels"]).ruled_out
+    loud = [{**row, "text": row["text"].upper()} for row in tiny.corpus(tmp_path)]
+    cleaned = stock(train_ds={"manifest_filepath": path, "sample_rate": 16000, "batch_size": 2,
+                              "normalize_transcripts": True, "defer_setup": True})
+    report = examine(model=cleaned, manifests={"train": str(tiny.write_rows(tmp_path / "u.json", loud))},
+                     families=["data", "labels", "lengths"])
+    assert {"label-order", "tokenizer-vocabulary", "data-upper-case"} <= set(report.ruled_out)
+    assert "data-target-too-long" in report.ids  # 0.4 s for 18 letters; without cleaning only the spaces are targets
+    marked = [{**row, "text": f"{row['text']}, 1st."} for row in tiny.corpus(tmp_path)]
+    report = examine(model=model, manifests={"train": str(tiny.write_rows(tmp_path / "m.json", marked))},
+                     families=["data", "labels"])
+    assert [(f.id, f.weight) for f in report.findings] == [("data-characters", "warning")]
     model.decoding.labels_map = {i: label for i, label in enumerate(reversed(model.decoder.vocabulary))} if isinstance(
         model.decoding.labels_map, dict) else list(reversed(model.decoder.vocabulary))
     assert examine(model=model, manifests={"train": path}, families=["labels"]).ids == ["label-order"]
