@@ -18,6 +18,7 @@ import soundfile
 
 from manifests.shards_format import ShardError, is_sharded, read_shard
 from tools.doctor.finding import Finding, Plot
+from tools.doctor.loading import makes_mono
 from tools.doctor.registry import NotExamined, check
 from tools.doctor.subject import Subject
 
@@ -26,7 +27,14 @@ LONGEST = 20.0  # seconds read of each
 SILENT, QUIET, LOUD = 3e-4, 3e-3, 1.05  # peak amplitudes, full scale is 1
 CLIPPED = 1e-3  # share of samples that lie on a flat top
 MANY = 0.2
+INTEGERS = 8.0  # a peak that no codec, resampler or gain explains: samples that were never divided
 OFF = 0.05  # seconds between a row's duration and its audio's, as the validator takes it for single files
+FAR, FAR_SHARE, ROUNDED = 0.5, 0.1, 0.1  # seconds, share of the audio, seconds: see far_off
+
+
+def far_off(off: float, seconds: float) -> bool:
+    """Whether a duration that is `off` by so many seconds, of `seconds` of audio, does harm; rounding does not."""
+    return abs(off) > FAR or abs(off) > max(FAR_SHARE * seconds, ROUNDED)
 
 
 def sampled_audio(subject: Subject) -> list[dict]:
@@ -225,12 +233,22 @@ def clipping(subject):
 def scale(subject):
     """Samples lie between -1 and 1, and use that range."""
     figures = sampled_audio(subject)
+    huge = _hit(figures, lambda f: f["peak"] > INTEGERS)
+    above = _hit(figures, lambda f: f["peak"] > LOUD)
     yield from _report(
-        subject, _hit(figures, lambda f: f["peak"] > LOUD), figures, "data-scale",
-        "have samples far outside -1 to 1",
+        subject, huge, figures, "data-scale", "have samples far outside -1 to 1",
         "Integers were stored as floats without dividing by 32768. Features then lie far from those of other audio, "
         "and dither and the floor of the logarithm mean nothing.",
         ["divide by 32768 before writing, or write 16-bit PCM (soundfile.write(..., subtype='PCM_16'))"], least=0.02,
+    )
+    yield from _report(
+        subject, {role: hit for role, hit in above.items() if role not in huge}, figures, "data-scale",
+        f"have peaks above full scale, {max((f['peak'] for hit in above.values() for f in hit), default=0):.2f} at "
+        "most",
+        "Overshoot: a lossy codec (MP3, OGG) or a resampler makes peaks a little higher than they were, and floats "
+        "keep what integers would cut off; or a gain was too high. It does little harm.",
+        ["nothing for peaks up to 1.3; else lower the gain, or scale such files to a peak of 1"], top="warning",
+        confidence=0.8,
     )
     yield from _report(
         subject, _hit(figures, lambda f: f["finite"] and f["peak"] < SILENT * 3 and not _is_silent(f)), figures,
@@ -278,15 +296,17 @@ def shards(subject):
     """Utterances in shards are where their rows say, and as their rows say."""
     sharded = {role: [row for row in drawn_rows(subject, role) if is_sharded(row)] for role in SAMPLED}
     for role, rows in sharded.items():
-        lost, stereo, other = [], [], []
+        lost, stereo, other, far = [], [], [], 0
         for row in rows:
             try:
                 with opened(row) as file:
                     seconds = file.frames / file.samplerate
                     off = seconds - row["duration"] if "offset" not in row else 0.0
-                    stereo += [(row, f"{file.channels} channels")] if file.channels != 1 else []
-                    other += [(row, f"{row['duration']} s in the row, {seconds:.2f} s in the tar")] \
-                        if abs(off) > OFF else []
+                    if file.channels != 1 and not makes_mono(subject.settings, role, file.channels):
+                        stereo.append((row, f"{file.channels} channels"))
+                    if abs(off) > OFF:
+                        other.append((row, f"{row['duration']} s in the row, {seconds:.2f} s in the tar"))
+                        far += far_off(off, seconds)
             except (ShardError, RuntimeError, OSError, ValueError) as error:
                 lost.append((row, " ".join(str(error).split())))
         found = partial(_of_shards, role, len(rows))
@@ -294,23 +314,23 @@ def shards(subject):
             yield found("data-missing-audio", lost, "cannot be read from their shards",
                         "The manifest and the tar files are not of one run, or a copy was cut off.",
                         ["python -m manifests.shards MANIFEST --out DIR --verify names what is wrong; copy or write "
-                         "those shards again"], 0.0)
+                         "those shards again"], True)
         if stereo:
             yield found("data-channels", stereo, "have more than one channel",
                         "NeMo's loaders die of them, or make a batch with one axis too many.",
-                        ["mix down to one channel and write the shards again"], 0.0)
+                        ["mix down to one channel and write the shards again"], True)
         if other:
             yield found("data-duration-wrong", other, "are not as long as their rows say",
                         "Batches are made by the rows' durations, and limits of length apply to them.",
                         ["write the shards again from a manifest that `python -m manifests.validate --audio` passes"],
-                        MANY)
+                        far >= MANY * len(rows))
     if not any(sharded.values()):
         raise NotExamined("no manifest is of shards")
 
 
-def _of_shards(role, drawn, fault, hit, symptom, cause, fix, least) -> Finding:
+def _of_shards(role, drawn, fault, hit, symptom, cause, fix, stops) -> Finding:
     return Finding(
-        fault, "prevents" if role == "train" and len(hit) >= least * drawn else "warning",
+        fault, "prevents" if role == "train" and stops else "warning",
         f"{len(hit)} of {drawn} utterances drawn from the shards of {role} {symptom}: {hit[0][0]['_at']}: {hit[0][1]}.",
         cause, {"share": round(len(hit) / drawn, 3), "drawn": drawn,
                 "first": [f"{row['_at']}: {what}"[:200] for row, what in hit[:5]]}, fix, 1.0, where=hit[0][0]["_at"])

@@ -5,6 +5,7 @@ Reads by `manifests.validate`, header of every audio file included. No torch.
 
 from __future__ import annotations
 
+import math
 import os
 from collections import Counter, defaultdict
 from collections.abc import Iterable, Iterator
@@ -13,14 +14,15 @@ from manifests.report import Finding as LineFinding
 from manifests.report import Report as Validation
 from manifests.report import name_character
 from manifests.validate import validate
-from tools.doctor.audio import in_foreign_tar, same_audio
+from tools.doctor.audio import far_off, in_foreign_tar, same_audio
 from tools.doctor.finding import Finding
+from tools.doctor.loading import SECTIONS, Lost, cleaning, lost_in_cleaned, makes_mono, option
 from tools.doctor.registry import NotExamined, check
+from tools.doctor.sampling import configured_rates, pace_of_speech
 from tools.doctor.subject import Subject
 
-MANY = 0.2  # share of a manifest's utterances from which on a fault of the data keeps a model from learning
+MANY = 0.2  # share of a manifest's utterances, or characters, from which on a fault keeps a model from learning
 EXAMPLES = 5
-SLOWEST, FASTEST = 3.5, 27.0  # characters a second, over a whole manifest of Latin letters
 
 BROKEN_LINES = {
     "unreadable", "empty_manifest", "bom", "not_utf8", "not_json", "not_object", "blank_line", "missing_field",
@@ -86,22 +88,36 @@ def lines_of(findings: Iterable[LineFinding]) -> int:
     return len({finding.line for finding in findings})
 
 
+def harmless(subject: Subject, file: str, finding: LineFinding) -> bool:
+    """Whether a value is wrong only by the schema: in a field that NeMo never reads, or null where it may be absent."""
+    if finding.code not in ("wrong_type", "bad_string") or subject.settings and subject.settings.recipe:
+        return False  # our recipes read manifests by the schema
+    field = finding.message.partition(" ")[0]
+    if field == "sampling_rate" and option(subject.settings, role_of(subject, file), "use_lhotse"):
+        return not finding.value.startswith("'")  # a number with a point will do
+    return finding.value == "None" if field == "offset" else field not in ("audio_filepath", "duration", "text")
+
+
 @check("data", faults=("data-manifest-broken",), needs=("manifests",))
 def manifest_lines(subject):
     """Every manifest line can be read."""
     lhotse = bool(subject.settings and subject.settings.get("model.train_ds.use_lhotse"))
     for file, utterances, found in by_file(subject, BROKEN_LINES):
         # A text that is not there at all is an empty target, told by empty_texts.
-        found = [f for f in found if not (f.code == "missing_field" and "no 'text' field" in f.message)]
+        found = [f for f in found if not (f.code == "missing_field" and "no 'text' field" in f.message)
+                 and not harmless(subject, file, f)]
         if not found:
             continue
-        blank = all(finding.code == "blank_line" for finding in found)
+        blank = all(finding.code == "blank_line" for finding in found) and not lhotse
+        # NeMo reads the manifest of validation before the first step, and dies of it as of that of train.
+        stops = role_of(subject, file) != "test" or lines_of(found) > 0.5 * utterances
         yield Finding(
             "data-manifest-broken",
-            "warning" if blank and not lhotse else "prevents",
+            "prevents" if stops and not blank else "warning",
             f"{file}: {found[0].message}." if found[0].code in ("empty_manifest", "unreadable") else
             f"{lines_of(found)} line{'s' * (lines_of(found) != 1)} of {file} cannot be used: {found[0].message}.",
-            "NeMo's loaders raise an error far from the cause, or misread such a line without a word.",
+            "NeMo's loaders raise an error far from the cause, or misread such a line without a word."
+            + (" Our recipes refuse it." if subject.settings and subject.settings.recipe else ""),
             {"lines": lines_of(found), "of": utterances, "kinds": dict(Counter(f.code for f in found)),
              "first": examples(found)},
             [f"python -m manifests.validate {file} lists every one; mend or drop them"],
@@ -138,22 +154,55 @@ def audio_is_there(subject):
         raise NotExamined(f"the audio of {len(inside)} rows is in tar files, and they do not say where (no tar_offset)")
 
 
+def unspelt(subject: Subject, code: str) -> Iterator[Lost]:
+    """Characters that the labels lack, by manifest: whose lower case is a label (`upper_case`), or the others."""
+    labels, sizes = set(subject.labels or ()), {file.path: file for file in validation(subject).files}
+    for file, utterances, found in by_file(subject, {code}):
+        if cleaning(subject.settings, role_of(subject, file)) is not None:
+            continue  # judged as it is cleaned
+        counts = sizes[file].characters
+        lost = Counter({char: count for char, count in counts.items()
+                        if char not in labels and (char.lower() in labels) == (code == "upper_case")})
+        yield Lost(file, utterances, found, lost, counts.total() - counts[" "])
+    for role, rows in subject.rows.items():
+        parser = cleaning(subject.settings, role)
+        if parser is not None and code == "outside_labels":
+            yield from lost_in_cleaned(rows, parser, labels)
+
+
+def of_text(subject: Subject, fault: str, lost: Lost, symptom: str, cause: str, fix: list[str], **evidence) -> Finding:
+    """A finding on lost characters, by how many: a few do little harm. Which labels there are may be a guess."""
+    count, assumed = lines_of(lost.found), subject.labels_assumed
+    weight = "prevents" if role_of(subject, lost.file) == "train" and lost.share >= MANY else "warning"
+    if stops_at_text(subject, lost.file):
+        weight = "prevents"
+    return Finding(
+        fault,
+        "warning" if assumed else weight,
+        f"{count} of {lost.utterances} texts of {lost.file} {symptom} ({lost.share:.1%} of all characters but "
+        f"spaces): {lost.found[0].message}."
+        + (" There is no configuration: the labels are assumed to be space, a-z and '." if assumed else ""),
+        cause,
+        {"utterances": count, "of": lost.utterances, "share of characters": round(lost.share, 4), **evidence,
+         "first": examples(lost.found)},
+        ["name the configuration too (--config, --config-name): its labels or its tokenizer decide"] * assumed + fix,
+        0.6 if assumed else 1.0,
+        where=f"{lost.file}:{lost.found[0].line}",
+    )
+
+
 @check("data", faults=("data-upper-case",), needs=("manifests",))
 def case_of_text(subject):
     """Text and labels have the same case."""
-    for file, utterances, found in by_file(subject, {"upper_case"}):
-        count = lines_of(found)
-        yield Finding(
-            "data-upper-case",
-            "prevents" if stops_at_text(subject, file) else grade(subject, file, count, utterances),
-            f"{count} of {utterances} texts of {file} have capitals, the labels are lower case: {found[0].message}.",
+    for lost in unspelt(subject, "upper_case"):
+        settings, clean = subject.settings, f"model.{SECTIONS[role_of(subject, lost.file)]}.normalize_transcripts"
+        nemo = settings is None or not settings.recipe
+        yield of_text(
+            subject, "data-upper-case", lost, "have capitals, the labels are lower case",
             "NeMo drops every character that is not among the labels without a word: of an upper-case text only the "
             "spaces are left as targets, and the model learns those. Our recipes stop at such a text.",
-            {"utterances": count, "of": utterances, "first": examples(found)},
-            ["lower-case the texts: manifests.text.normalize does it",
-             "+model.train_ds.normalize_transcripts=true (NeMo's own text cleaning, off by default)"],
-            1.0,
-            where=f"{file}:{found[0].line}",
+            ["lower-case the texts: manifests.text.normalize does it"]
+            + [f"+{settings.key(clean) if settings else clean}=true (NeMo's own text cleaning, off by default)"] * nemo,
         )
 
 
@@ -162,44 +211,36 @@ def characters_of_text(subject):
     """Texts hold only what the labels can spell."""
     if subject.labels is None:
         raise NotExamined("no character labels are known (sub-word tokens, or no configuration)")
-    outside = validation(subject).outside
     labels = set(subject.labels)
-    capital_labels = {char for char in outside if char not in labels and char.upper() in labels}
-    for file, utterances, found in by_file(subject, {"outside_labels"}):
-        count = lines_of(found)
-        kinds = {name_character(char): info["count"] for char, info in
-                 sorted(outside.items(), key=lambda item: -item[1]["count"]) if char.lower() not in subject.labels}
-        if capital_labels and sum(outside[char]["count"] for char in capital_labels) > 0.5 * sum(kinds.values()):
-            yield _capital_labels(subject, file, count, utterances, found)
+    for lost in unspelt(subject, "outside_labels"):
+        capital_labels = sum(count for char, count in lost.characters.items() if char.upper() in labels)
+        if capital_labels > 0.5 * lost.characters.total():
+            yield _capital_labels(subject, lost)
             continue
-        control = [char for char in outside if not char.isprintable()]
-        yield Finding(
-            "data-characters",
-            "prevents" if stops_at_text(subject, file) else grade(subject, file, count, utterances),
-            f"{count} of {utterances} texts of {file} hold characters that are not among the labels"
-            f"{' (control characters too)' if control else ''}: {', '.join(list(kinds)[:12])}.",
+        kinds = {name_character(char): count for char, count in lost.characters.most_common()}
+        control = any(not char.isprintable() for char in lost.characters)
+        yield of_text(
+            subject, "data-characters", lost,
+            f"hold characters that are not among the labels{' (control characters too)' if control else ''}: "
+            f"{', '.join(list(kinds)[:12])}",
             "Our recipes stop at such a text; NeMo drops the characters without a word, so that targets lack what is "
             "spoken.",
-            {"utterances": count, "of": utterances, "characters": kinds, "first": examples(found)},
             ["spell numbers out and remove punctuation: manifests.text.normalize, or drop those lines",
              "or add the characters to model.labels, if they are part of the language"],
-            1.0,
-            where=f"{file}:{found[0].line}",
+            characters=kinds,
         )
 
 
-def _capital_labels(subject, file, count, utterances, found) -> Finding:
-    return Finding(
-        "data-upper-case",
-        "prevents" if stops_at_text(subject, file) else grade(subject, file, count, utterances),
-        f"{count} of {utterances} texts of {file} are lower case, the labels are capitals: {found[0].message}.",
+def _capital_labels(subject, lost: Lost) -> Finding:
+    parser = cleaning(subject.settings, role_of(subject, lost.file))
+    return of_text(
+        subject, "data-upper-case", lost,
+        "are lower case" + (" once normalize_transcripts has cleaned them" if parser else "")
+        + ", the labels are capitals",
         "NeMo drops every character that is not among the labels without a word: of such a text only the spaces are "
-        "left "
-        "as targets, and the model learns those.",
-        {"utterances": count, "of": utterances, "first": examples(found)},
-        ["model.labels and model.decoder.vocabulary in the case of the texts"],
-        1.0,
-        where=f"{file}:{found[0].line}",
+        "left as targets, and the model learns those.",
+        ["model.labels and model.decoder.vocabulary in the case of the texts"
+         + (", which normalize_transcripts makes lower case" if parser else "")],
     )
 
 
@@ -227,15 +268,24 @@ def empty_texts(subject):
 @check("data", faults=("data-duration-wrong",), needs=("manifests",))
 def durations(subject):
     """Durations are those of the audio."""
+    rows = {row["_at"]: row for rows in subject.rows.values() for row in rows}
     for file, utterances, found in by_file(subject, {"duration_mismatch", "bad_duration"}):
         count = lines_of(found)
+        off = {finding.line: _off(finding, rows.get(f"{file}:{finding.line}")) for finding in found}
+        far = sum(far_off(*pair) for pair in off.values())
+        most = max(abs(seconds) for seconds, _ in off.values())
+        found.sort(key=lambda finding: -abs(off[finding.line][0]))
         yield Finding(
             "data-duration-wrong",
-            grade(subject, file, count, utterances),
-            f"{count} of {utterances} durations of {file} are not those of the audio: {found[0].message}.",
+            grade(subject, file, far, utterances),
+            f"{count} of {utterances} durations of {file} are not those of the audio"
+            + (f", {far} of them are far off: " if far else f", by at most {most:.2f} s: ") + f"{found[0].message}.",
             "Loaders read as many seconds as the manifest says: too short a duration cuts the end of the speech off "
-            "while its text stays, too long a one breaks batches by duration and the filters.",
-            {"utterances": count, "of": utterances, "first": examples(found)},
+            "while its text stays, too long a one breaks batches by duration and the filters." if far else
+            "They were rounded, or are of another copy of the files. Loaders read as many seconds as the manifest "
+            "says: where it says too few, that much of the end is cut off, which is little here.",
+            {"utterances": count, "of": utterances, "far off": far, "seconds off, at most": round(most, 3),
+             "first": examples(found)},
             ["take durations from the audio's headers: build the manifest again (python -m manifests.corpus build, or "
              "python -m manifests.own_data)"],
             1.0,
@@ -243,11 +293,19 @@ def durations(subject):
         )
 
 
+def _off(finding: LineFinding, row: dict | None) -> tuple[float, float]:
+    """(seconds between a row's end and its audio's, seconds of its audio); infinity for a duration that is none."""
+    if finding.code == "bad_duration" or row is None:
+        return math.inf, 0.0
+    start, length = row.get("offset", 0.0), float(finding.value)
+    return row["duration"] + start - length, length - start
+
+
 @check("data", faults=("data-sample-rate",), needs=("manifests",))
 def sampling_rates(subject):
     """Audio, manifest and model agree on the sampling rate."""
-    yield from _configured_rates(subject)
-    yield from _pace(subject)
+    yield from configured_rates(subject)
+    yield from pace_of_speech(subject)
     for file, utterances, found in by_file(subject, {"rate_mismatch", "other_rate"}):
         lies = [finding for finding in found if finding.code == "rate_mismatch"]
         count = lines_of(found)
@@ -265,62 +323,18 @@ def sampling_rates(subject):
         )
 
 
-def _pace(subject):
-    """Speech that nobody speaks: a header that states a wrong rate makes duration and pitch wrong together."""
-    for role, rows in subject.rows.items():
-        paces = sorted(len(row["text"]) / row["duration"] for row in rows if row["text"].strip())
-        letters = "".join(row["text"] for row in rows[:50])
-        latin = sum(char.isascii() and char.isalpha() for char in letters)
-        if len(paces) < 20 or latin < 0.5 * max(len(letters), 1):
-            continue
-        middle = paces[len(paces) // 2]
-        if not SLOWEST < middle < FASTEST:
-            fast = middle >= FASTEST
-            yield Finding(
-                "data-sample-rate",
-                "warning",
-                f"In {role}, speech has {middle:.1f} characters a second (median); people read at 12 to 18.",
-                "The headers state a sampling rate that the samples do not have, so that audio plays too "
-                f"{'fast' if fast else 'slow'}; or the texts are of other audio.",
-                {"characters a second": round(middle, 2), "utterances": len(paces)},
-                ["listen to a file; write its true rate into the header (sox -r RATE), then build the manifest again"],
-                0.6 if fast else 0.4,
-                where=rows[0]["_at"].rpartition(":")[0],
-            )
-
-
-def _configured_rates(subject):
-    """The sections of one configuration that name different rates."""
-    settings = subject.settings
-    if settings is None:
-        return
-    keys = ("model.preprocessor.sample_rate", "model.train_ds.sample_rate", "model.validation_ds.sample_rate",
-            "model.sample_rate")
-    rates = {settings.key(key): int(value) for key in keys if (value := settings.number(key)) is not None}
-    if len(set(rates.values())) > 1:
-        model = rates.get(settings.key("model.preprocessor.sample_rate"))
-        wrong = [key for key, rate in rates.items() if model is not None and rate != model]
-        yield Finding(
-            "data-sample-rate",
-            "prevents",
-            f"The configuration names different sampling rates: {', '.join(f'{k}={v}' for k, v in rates.items())}.",
-            "Audio is loaded at one rate and its features are computed as if it had another: time and frequency are "
-            "stretched.",
-            {"rates": rates},
-            [f"{key}={model}" for key in wrong] or ["give all of them the audio's rate"],
-            0.95,
-            where=(wrong or list(rates))[0],
-        )
-
-
 @check("data", faults=("data-channels",), needs=("manifests",))
 def channels(subject):
     """Every file has one channel."""
     for file, utterances, found in by_file(subject, {"not_mono"}):
+        role = role_of(subject, file)
+        found = [finding for finding in found if not makes_mono(subject.settings, role, int(finding.value))]
         count = lines_of(found)
+        if not count:
+            continue
         yield Finding(
             "data-channels",
-            "prevents" if role_of(subject, file) == "train" else "warning",
+            "prevents" if role == "train" else "warning",
             f"{count} of {utterances} utterances of {file} have more than one channel: {found[0].message}.",
             "NeMo's own loader dies of them with a TypeError, its lhotse loader makes a batch with one axis too many.",
             {"utterances": count, "of": utterances, "first": examples(found)},

@@ -11,11 +11,11 @@ import os
 import re
 import time
 from dataclasses import replace
-from functools import cached_property
+from functools import cached_property, partial
 from pathlib import Path
 from typing import Any
 
-from manifests.schema import LABELS, ManifestError, resolve_audio, scan_manifest
+from manifests.schema import LABELS, ManifestError, Problem, resolve_audio, scan_manifest
 from tools.doctor.configs import ConfigUnreadable, Settings, load_config, no_file
 from tools.doctor.finding import Finding
 
@@ -199,6 +199,11 @@ class Subject:
         return list(LABELS) if self.settings is None else None
 
     @property
+    def labels_assumed(self) -> bool:
+        """Whether `labels` are those of our recipes only because nothing says what the model's are."""
+        return self._probe is None and self.settings is None
+
+    @property
     def sample_rate(self) -> int:
         """Of the model, in Hz; 16000 where nothing says."""
         if self.settings is not None and self.settings.sample_rate:
@@ -207,17 +212,17 @@ class Subject:
 
     @cached_property
     def rows(self) -> dict[str, list[dict[str, Any]]]:
-        """Role -> the good rows of its manifests, audio paths resolved, `_at` = "file:line"."""
+        """Role -> the usable rows of its manifests without nulls, audio paths resolved, `_at` = "file:line"."""
         found: dict[str, list[dict[str, Any]]] = {}
         for role, paths in self.manifests.items():
             rows = found.setdefault(role, [])
             for path in paths:
                 try:
                     for line in scan_manifest(path):
-                        if line.row is not None and not line.problems:
-                            row = dict(line.row)
+                        if line.row is not None and not any(map(partial(spoils, line.row), line.problems)):
+                            row = {name: value for name, value in line.row.items() if value is not None}
                             row["audio_filepath"] = resolve_audio(row, path)
-                            row["_at"] = f"{path}:{line.number}"
+                            row["_at"] = f"{os.path.normpath(path)}:{line.number}"  # as the validator names it
                             rows.append(row)
                 except ManifestError:
                     continue  # the data family says so
@@ -227,6 +232,13 @@ class Subject:
         """Of the budget. On a machine that is shared, waiting for one's turn counts by a third only."""
         wall, own = time.monotonic() - self._begin[0], time.thread_time() - self._begin[1]
         return self.seconds - max(own, wall / 3)
+
+
+def spoils(row: dict[str, Any], problem: Problem) -> bool:
+    """Whether a row cannot be used for this problem: not for one in a field that NeMo never reads, nor for a null."""
+    if problem.field == "offset":
+        return row["offset"] is not None
+    return problem.field in ("", "audio_filepath", "duration", "text")
 
 
 def expanded(path: str) -> list[str]:

@@ -11,8 +11,9 @@ import pytest
 import soundfile
 
 from tests.recipes import tiny
-from tools.doctor import pairs
+from tools.doctor import loading, pairs
 from tools.doctor.engine import examine
+from tools.doctor.subject import Subject
 
 FAMILIES = ["data", "audio", "pairs", "tokenizer"]
 WORDS = "the cat sat on a mat and then it ran away to see what was there for food".split()
@@ -55,9 +56,6 @@ def test_a_healthy_manifest_gives_nothing(audio, tmp_path):
 
 
 @pytest.mark.parametrize("fault, fields, weight", [
-    ("data-upper-case", {"text": lambda row: row["text"].upper()}, "prevents"),
-    ("data-characters", {"text": lambda row: row["text"] + " 42"}, "prevents"),
-    ("data-characters", {"text": lambda row: row["text"] + "\x07"}, "prevents"),
     ("data-empty-text", {"text": ""}, "prevents"),
     ("data-duration-wrong", {"duration": lambda row: row["duration"] / 2}, "prevents"),
     ("data-duration-wrong", {"duration": lambda row: row["duration"] * 1000}, "prevents"),
@@ -69,6 +67,51 @@ def test_faults_of_lines(audio, tmp_path, fault, fields, weight):
     report = ids(tmp_path, changed(audio, range(40), **fields))
     assert report.ids[0] == fault and report.findings[0].weight == weight
     assert "train.json:" in report.findings[0].where and report.exit_code == 1
+
+
+GERMAN = str.maketrans("aou", "äöü")
+LABELS = {"model": {"labels": [" ", *"abcdefghijklmnopqrstuvwxyz'"]}}
+CAPITALS = {"model": {"labels": [" ", *"ABCDEFGHIJKLMNOPQRSTUVWXYZ'"]}}
+
+
+def cleaning(config, **options):
+    """The configuration with NeMo's cleaning of texts on, as in `train_ds.normalize_transcripts: true`."""
+    return {"model": {**config["model"], "train_ds": {"normalize_transcripts": True, **options}}}
+
+
+@pytest.mark.parametrize("fault, change, config, weight", [
+    ("data-upper-case", str.upper, LABELS, "prevents"),
+    ("data-upper-case", str.upper, None, "warning"),  # whose labels may be capitals
+    ("data-upper-case", str.capitalize, LABELS, "warning"),  # of each text NeMo drops one letter
+    ("data-characters", lambda text: text + ".", LABELS, "warning"),
+    ("data-characters", lambda text: text + "\x07", LABELS, "warning"),
+    ("data-characters", lambda text: text + " 42", None, "warning"),
+    ("data-characters", lambda text: text.translate(GERMAN), None, "warning"),
+    ("data-characters", lambda text: text.translate(GERMAN), LABELS, "prevents"),
+    ("data-characters", lambda text: "ж" * len(text), LABELS, "prevents"),
+    (None, lambda text: f"{text.upper()}, 42!", cleaning(LABELS), None),
+    ("data-characters", lambda text: text.upper() + ".", cleaning(LABELS, parser="base"), "warning"),
+    ("data-upper-case", str.upper, cleaning(CAPITALS), "prevents"),  # which makes them lower case
+    (None, str.upper, CAPITALS, None),
+])
+def test_texts_are_judged_by_the_share_of_characters_that_is_lost(audio, tmp_path, fault, change, config, weight):
+    path = manifest(tmp_path, changed(audio, range(60), text=lambda row: change(row["text"])))
+    report = examine(config=config, manifests={"train": path}, families=["data"])
+    assert [(f.id, f.weight) for f in report.findings] == ([(fault, weight)] if fault else [])
+    if fault and config is None:
+        first = report.findings[0]
+        assert "no configuration" in first.symptom and first.confidence < 0.7 and "--config" in first.fix[0]
+    assert report.exit_code == (weight == "prevents")
+
+
+def test_nemos_cleaning_is_what_its_parser_does():
+    """Character by character but for numbers, which NeMo spells out."""
+    parsers = pytest.importorskip("nemo.collections.common.parts.preprocessing.parsers")
+    labels = LABELS["model"]["labels"]
+    for name in ("base", "en", "ru"):
+        nemo = parsers.make_parser(labels=labels, name=name, do_normalize=True)
+        for said in ("HELLO,  World! - it's\u00a0fine", "Für Ästhetik; déjà vu", "Привет, мир"):
+            assert loading.cleaned(said, name, set(labels)) == nemo._normalize(said)
 
 
 def test_few_bad_texts_are_a_warning_and_counted(audio, tmp_path):
@@ -95,6 +138,46 @@ def test_lines_that_are_no_json(audio, tmp_path):
     assert report.ids[0] == "data-manifest-broken" and report.exit_code == 1
 
 
+@pytest.mark.parametrize("fields", [
+    {"speaker": None}, {"gender": None, "lang": None}, {"offset": None}, {"sampling_rate": 16000.0}, {"speaker": 1.5},
+])
+def test_values_that_nemo_never_reads_break_no_line(audio, tmp_path, fields):
+    path = manifest(tmp_path, changed(audio, {4}, **fields))
+    for role in ("train", "test"):
+        assert examine(manifests={role: path}, families=FAMILIES).findings == []
+    subject = Subject(manifests={"train": path})
+    subject.open(["data"])
+    assert len(subject.rows["train"]) == 60 and None not in subject.rows["train"][4].values()
+
+
+def test_the_readers_of_our_recipes_refuse_them(audio, tmp_path):
+    ours = {**LABELS, "training": {"epochs": 1}}
+    path = manifest(tmp_path, changed(audio, {4}, speaker=None))
+    report = examine(config=ours, manifests={"train": path}, families=["data"])
+    assert report.ids == ["data-manifest-broken"] and report.exit_code == 1
+    assert "Our recipes refuse it" in report.findings[0].cause
+
+
+@pytest.mark.parametrize("role, some, weight", [
+    ("train", {4}, "prevents"), ("validation", {4}, "prevents"), ("test", {4}, "warning"),
+    ("test", range(55), "prevents"),
+])
+def test_broken_lines_by_role(audio, tmp_path, role, some, weight):
+    [found] = examine(manifests={role: manifest(tmp_path, changed(audio, some, duration="long"))},
+                      families=["data"]).findings
+    assert (found.id, found.weight) == ("data-manifest-broken", weight)
+
+
+@pytest.mark.parametrize("change, weight, far", [
+    (lambda row: round(row["duration"] + 0.05, 2), "warning", 0),
+    (lambda row: row["duration"] + 0.4 + 0.1 * row["duration"], "prevents", 60),
+])
+def test_durations_are_judged_by_how_far_they_are_off(audio, tmp_path, change, weight, far):
+    [found] = ids(tmp_path, changed(audio, range(60), duration=change), families=["data"]).findings
+    assert (found.id, found.weight, found.evidence["far off"]) == ("data-duration-wrong", weight, far)
+    assert far or found.evidence["seconds off, at most"] == pytest.approx(0.05)
+
+
 def rewritten(tmp_path, rows, change):
     """The rows with their audio changed: `change` takes samples to (samples, keywords for soundfile)."""
     out = []
@@ -119,6 +202,25 @@ def rewritten(tmp_path, rows, change):
 def test_faults_of_audio(audio, tmp_path, fault, change):
     report = ids(tmp_path, rewritten(tmp_path, audio[:12], change))
     assert report.ids[0] == fault, [(f.id, f.symptom) for f in report.findings]
+
+
+def test_peaks_a_little_above_full_scale_are_overshoot(audio, tmp_path):
+    rows = rewritten(tmp_path, audio[:12], lambda x: (1.25 * x / np.abs(x).max(), {"subtype": "FLOAT"}))
+    [found] = ids(tmp_path, rows).findings
+    assert (found.id, found.weight) == ("data-scale", "warning") and "Overshoot" in found.cause
+    assert "1.25 at most" in found.symptom
+
+
+@pytest.mark.parametrize("options, fine", [
+    ({}, False), ({"channel_selector": "average"}, True), ({"channel_selector": 1}, True),
+    ({"channel_selector": 2}, False), ({"channel_selector": "average", "use_lhotse": True}, False),
+    ({"channel_selector": 0, "use_lhotse": True}, True), ({"channel_selector": 0, "is_tarred": True}, False),
+])
+def test_a_section_that_chooses_a_channel_takes_stereo(audio, tmp_path, options, fine):
+    rows = rewritten(tmp_path, audio[:12], lambda x: (np.stack([x, x], axis=1), {}))
+    config = {"model": {**LABELS["model"], "train_ds": options}}
+    report = examine(config=config, manifests={"train": manifest(tmp_path, rows)}, families=["data"])
+    assert report.ids == ([] if fine else ["data-channels"]) and report.exit_code == (not fine)
 
 
 def without_upper_half(x):

@@ -83,7 +83,7 @@ def test_the_same_bytes_in_train_and_under_another_name_in_a_test_set(tmp_path):
     assert "data-leakage" in report.ids and "6 of 6" in report.findings[report.ids.index("data-leakage")].symptom
 
 
-def test_of_nemos_own_shards_it_is_said_what_was_not_examined(tmp_path):
+def test_of_nemos_own_shards_it_is_said_what_was_not_examined(tmp_path, monkeypatch):
     combined = sharded(tmp_path, corpus(tmp_path))
     keep = ("audio_filepath", "duration", "text", "shard_id")
     for shard, path in enumerate(sorted((combined.parent / "sharded_manifests").glob("*.json"))):
@@ -94,6 +94,10 @@ def test_of_nemos_own_shards_it_is_said_what_was_not_examined(tmp_path):
     said = [line for line in report.not_examined if "no tar_offset" in line]
     assert any(line.startswith("data: Every audio file is there") and "24 rows" in line for line in said)
     assert sum(line.startswith("audio:") for line in said) == 4 and "data-silence" not in report.ruled_out
+    monkeypatch.chdir(tmp_path)  # a path as one types it
+    typed = f"./x/../{combined.parent.name}/sharded_manifests/manifest_0.json"
+    (tmp_path / "x").mkdir()
+    assert found(train=typed).findings == []
 
 
 @pytest.mark.parametrize("path, paths", [
