@@ -66,3 +66,16 @@ def test_a_recipe_name_stands_for_its_pretrained_model(saved, tmp_path, monkeypa
     assert existing_model("conformer_bpe") == path == tmp_path / "conformer" / "pretrained" / "conformer_bpe.nemo"
     with pytest.raises(UsageError, match="there are conformer_bpe"):
         existing_model("deepspeech")
+
+
+@pytest.mark.parametrize("name", [name for name in pretrained.FOLDERS if pretrained.pretrained_path(name).is_file()])
+def test_what_is_in_the_repository_reads_real_speech(name, librispeech_sample):
+    """Utterances that it was trained on: whether weights, labels and features belong together, not how good it is."""
+    from manifests.librispeech import build_rows
+    from recipes.decode import Decoder, load_model
+    from recipes.metrics import count_errors
+
+    rows = build_rows(librispeech_sample, "train-clean-5")[::5]
+    model = load_model(pretrained.pretrained_path(name), device="cpu")
+    characters = count_errors([row["text"] for row in rows], Decoder(model, rows).run())[1]
+    assert characters.rate < 0.35
