@@ -173,6 +173,9 @@ def check(cfg: DictConfig) -> None:
         (not 0 <= (cfg.model.get("bpe_dropout") or 0) < 1,
          f"model.bpe_dropout={cfg.model.get('bpe_dropout')} must be from 0 to below 1: it is a share of the merges"),
         (inner_layers_missing(cfg.model), inner_layers_missing(cfg.model)),
+        ((trainer.get("max_epochs") or -1) > 0,
+         f"trainer.max_epochs={trainer.get('max_epochs')}: a run is counted in steps here, of which a schedule knows the "
+         f"last; set training.epochs={trainer.get('max_epochs')}"),
         (not cfg.training.epochs > 0, f"training.epochs={cfg.training.epochs} must be positive"),
     ]
     for broken, message in rules:

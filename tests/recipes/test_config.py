@@ -78,6 +78,7 @@ INNER = "+model.interctc.loss_weights=[0.3]"
         ("deepspeech2", ["trainer.precision=16-mixed"], ["trainer.precision=16-mixed", "bf16-mixed"]),
         ("deepspeech2", ["trainer=gpu", "trainer.precision=16-mixed"], ["16-mixed", "model.optim.fused=false"]),
         ("conformer", ["trainer=ddp", "trainer.sync_batchnorm=true"], ["trainer.sync_batchnorm=true", "set it to false"]),
+        ("deepspeech2", ["trainer.max_epochs=2"], ["trainer.max_epochs=2", "training.epochs=2"]),
         ("deepspeech2", ["trainer.devices=2"], ["trainer=cpu_ddp"]),
         ("deepspeech2", ["training.warmup_share=10"], ["training.warmup_share=10"]),
         ("deepspeech2", ["training.global_batch_seconds=0"], ["training.global_batch_seconds=0"]),
