@@ -17,7 +17,8 @@ usage: ./run.sh [options] [-- HYDRA_OVERRIDES]     everything, from the corpus t
                    (default $corpus, made on the spot)
   --data DIR       folder that holds the corpus's subsets (.../LibriSpeech); an existing tree is used as it is
   --exp DIR        folder for what the run makes   (default exp/MODEL_CORPUS)
-  --gpus N         GPUs a node, 0 for the CPU      (default: one where there is an NVIDIA GPU)
+  --gpus N         GPUs a node, 0 for the CPU      (default: one where there is an NVIDIA GPU); real speech is
+                   then trained with size=large, from 100 hours on with size=full
   --nodes N        nodes of a cluster (default 1); with several, stages 0 to 3 run here, and the line is
                    printed that starts training there
   --stage N        first stage                     (default 0)
@@ -104,7 +105,7 @@ one_of "$model" --model $MODELS
 one_of "$corpus" --corpus $CORPORA
 for pair in "--stage $stage" "--stop-stage $stop_stage"; do one_of "${pair#* }" "${pair% *}" 0 1 2 3 4 5 6 7; done
 [[ "$nodes" =~ ^[1-9][0-9]*$ ]] || fail "--nodes $nodes: must be a positive number"
-if [ -z "$gpus" ]; then gpus=0; if nvidia-smi -L > /dev/null 2>&1; then gpus=1; fi; fi
+if [ -z "$gpus" ]; then gpus=0; if nvidia-smi -L > /dev/null 2>&1 || [ -e /dev/nvidia0 ]; then gpus=1; fi; fi
 [[ "$gpus" =~ ^[0-9]+$ ]] || fail "--gpus $gpus: must be 0 or more"
 
 exp=${exp:-exp/${model}_$corpus}
@@ -115,6 +116,9 @@ if [ "$nodes" -gt 1 ]; then train+=(trainer=slurm "trainer.devices=$gpus" "train
 elif [ "$gpus" -gt 1 ]; then train+=(trainer=ddp "trainer.devices=$gpus")
 elif [ "$gpus" = 1 ]; then train+=(trainer=gpu)
 else train+=(trainer=cpu); fi
+if [ "$gpus" -gt 0 ]; then
+  case $corpus in librispeech_5h | librispeech_8h) train+=(size=large) ;; librispeech_*) train+=(size=full) ;; esac
+fi
 tokenizer=""
 if [[ "$model" == *_bpe ]]; then tokenizer=$exp/tokenizer; train+=("model.tokenizer.dir=$tokenizer"); fi
 train+=(${overrides[@]+"${overrides[@]}"})
@@ -122,6 +126,7 @@ where=(${data:+--data "$data"})
 
 ensure_environment
 python=.venv/bin/python
+[ "$gpus" = 0 ] || [ "$nodes" -gt 1 ] || $python -m recipes.gpu "$gpus" || exit 2
 mkdir -p "$exp"
 if [ -n "$data" ]; then tree=$data; elif [ "$corpus" = mini ]; then tree=data/mini_tree/LibriSpeech; else tree=data/LibriSpeech; fi
 tests=$($python -m manifests.corpus tests "$corpus")

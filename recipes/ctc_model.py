@@ -28,7 +28,9 @@ from torch import Tensor
 from recipes.augment import change_tempo, round_up_frames
 from recipes.consistency import consistency_loss, two_views
 from recipes.ctc_loss import CTCLoss
-from recipes.data import CharEncoder, ResumableLoader, SampledPieces, lhotse_loader, manifest_loader, read_rows
+from recipes.data import (
+    CharEncoder, FeatureCache, ResumableLoader, SampledPieces, lhotse_loader, manifest_loader, read_rows,
+)
 from recipes.intermediate import characters_of
 from recipes.lengths import valid_mask
 from recipes.metrics import ErrorCounts, count_errors
@@ -111,7 +113,7 @@ class _RecipeModel:
         self.setup_validation_data(val_data_config)  # several manifests are one validation set here
 
     def setup_validation_data(self, val_data_config):
-        """`manifest_filepath` (one or a list), `batch_seconds`, `num_workers`."""
+        """`manifest_filepath` (one or a list), `batch_seconds`, `num_workers`, `cache_features` (see FeatureCache)."""
         self._update_dataset_config(dataset_name="validation", config=val_data_config)
         self._validation_rows = read_rows(
             OmegaConf.to_container(val_data_config, resolve=True)["manifest_filepath"]
@@ -126,6 +128,7 @@ class _RecipeModel:
             num_workers=val_data_config.get("num_workers", 0),
             rank=self.global_rank,
             world_size=self.world_size,
+            cache=FeatureCache(self.preprocessor) if val_data_config.get("cache_features", False) else None,
         )
 
     # ---- training ------------------------------------------------------------------------------------------
@@ -289,8 +292,11 @@ class _RecipeModel:
     # ---- validation ----------------------------------------------------------------------------------------
 
     def validation_pass(self, batch, batch_idx, dataloader_idx=0):
-        (audio_BT, audio_lengths, targets_BS, target_lengths, ids), positions = batch
-        log_probs, lengths, symbols_BT = self.forward(input_signal=audio_BT, input_signal_length=audio_lengths)
+        (signals, signal_lengths, targets_BS, target_lengths, ids), positions = batch
+        kind = "processed" if signals.ndim == 3 else "input"  # features or audio
+        log_probs, lengths, symbols_BT = self.forward(
+            **{f"{kind}_signal": signals, f"{kind}_signal_length": signal_lengths}
+        )
         losses = self.loss.per_utterance(log_probs, targets_BS, lengths, target_lengths)
         texts = self.decoding.ctc_decoder_predictions_tensor(
             decoder_outputs=log_probs, decoder_lengths=lengths, return_hypotheses=False

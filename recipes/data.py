@@ -72,14 +72,16 @@ class SampledPieces:
         return self.tokenizer.text_to_ids(text, sample_alpha=self.dropout)
 
 
-def collate(audio: list[np.ndarray], targets: list[list[int]], ids: list[str]) -> Batch:
-    """Right-padded batch: `audio` holds waveforms (samples) or features (T, D), an utterance each."""
+def collate(audio: list[np.ndarray | Tensor], targets: list[list[int]], ids: list[str]) -> Batch:
+    """Right-padded batch: `audio` holds waveforms (samples) or features (T, D) of an utterance each, on one device."""
     lengths = torch.tensor([len(signal) for signal in audio])
     target_lengths = torch.tensor([len(target) for target in targets])
-    signals = torch.zeros(len(audio), max(map(len, audio), default=0), *(audio[0].shape[1:] if audio else ()))
+    parts = [signal if torch.is_tensor(signal) else torch.from_numpy(np.ascontiguousarray(signal)) for signal in audio]
+    like = parts[0] if parts else torch.zeros(0)
+    signals = torch.zeros(len(parts), max(map(len, parts), default=0), *like.shape[1:], device=like.device)
     targets_BS = torch.zeros(len(targets), max(map(len, targets), default=0), dtype=torch.long)
-    for row, (signal, target) in enumerate(zip(audio, targets)):
-        signals[row, : len(signal)] = torch.from_numpy(np.ascontiguousarray(signal))
+    for row, (part, target) in enumerate(zip(parts, targets)):
+        signals[row, : len(part)] = part
         targets_BS[row, : len(target)] = torch.tensor(target, dtype=torch.long)
     return signals if signals.ndim == 2 else signals.transpose(1, 2), lengths, targets_BS, target_lengths, ids
 
@@ -88,22 +90,29 @@ class FeatureCache:
     """The features of each utterance, computed once and kept in memory in float16: an hour takes 58 MB at 80 bins.
 
     The preprocessor is a copy in evaluation mode, so without dither: the features are those of evaluation. What an
-    epoch changes in them (SpecAugment) comes after it.
+    epoch changes in them (SpecAugment) comes after it. They are computed and kept where the model is by then: on a GPU
+    a batch is put together there, which from the host would take nearly as long as a step of training.
     """
 
     def __init__(self, preprocessor):
-        self.preprocessor = copy.deepcopy(preprocessor).cpu().eval()
-        self.features: dict[str, np.ndarray] = {}
+        self.original = preprocessor
+        self.preprocessor = copy.deepcopy(preprocessor).eval()
+        # NeMo's featurizer holds a wrapped `forward` of its own, which a copy would share with the original: dither,
+        # windows and filters would be the original's, on whatever device that has been moved to since.
+        vars(getattr(self.preprocessor, "featurizer", self.preprocessor)).pop("forward", None)
+        self.features: dict[str, Tensor] = {}
 
-    def __call__(self, key: str, load) -> np.ndarray:
+    def __call__(self, key: str, load) -> Tensor:
         """Features (T, D) of the utterance `key`; `load` gives its samples where they are not known yet."""
         if key not in self.features:
-            samples = torch.from_numpy(np.ascontiguousarray(load()))
+            device = next((buffer.device for buffer in self.original.buffers()), torch.device("cpu"))
+            self.preprocessor.to(device)
+            samples_BT = torch.from_numpy(np.ascontiguousarray(load()))[None].to(device)
             with torch.no_grad():
                 features_BDT, lengths = self.preprocessor(
-                    input_signal=samples[None], length=torch.tensor([len(samples)])
+                    input_signal=samples_BT, length=torch.tensor([samples_BT.shape[1]], device=device)
                 )
-            self.features[key] = features_BDT[0, :, : int(lengths[0])].T.to(torch.float16).numpy()
+            self.features[key] = features_BDT[0, :, : int(lengths[0])].T.to(torch.float16).contiguous()
         return self.features[key]
 
 
@@ -263,10 +272,11 @@ class ManifestBatches(Dataset):
     """
 
     def __init__(self, rows: list[dict], sample_rate: int, encode=None, batch_seconds: float = 240.0,
-                 max_utterances: int = 128, rank: int = 0, world_size: int = 1):
+                 max_utterances: int = 128, rank: int = 0, world_size: int = 1, cache: FeatureCache | None = None):
         self.rows = rows
         self.sample_rate = sample_rate
         self.encode = encode
+        self.cache = cache
         order = sorted(range(len(rows)), key=lambda i: (-rows[i]["duration"], i))[rank::world_size]
         self.groups: list[list[int]] = []
         for i in order:
@@ -285,10 +295,14 @@ class ManifestBatches(Dataset):
         audio, targets, ids = [], [], []
         for i in self.groups[index]:
             row = self.rows[i]
-            audio.append(read_audio(row, self.sample_rate))
+            audio.append(self.cache(str(i), lambda: self.load(row)) if self.cache else self.load(row))
             targets.append(self.encode(row["text"]) if self.encode else [])
             ids.append(str(row.get("utterance") or Path(row["audio_filepath"]).stem))
         return collate(audio, targets, ids), self.groups[index]
+
+    def load(self, row: dict) -> np.ndarray:
+        """Samples of a row."""
+        return read_audio(row, self.sample_rate)
 
 
 def read_audio(row: dict, sample_rate: int) -> np.ndarray:
@@ -327,13 +341,14 @@ def read_rows(manifests) -> list[dict]:
 
 
 def manifest_loader(rows: list[dict], sample_rate: int, encode=None, batch_seconds: float = 240.0,
-                    num_workers: int = 0, rank: int = 0, world_size: int = 1) -> DataLoader:
+                    num_workers: int = 0, rank: int = 0, world_size: int = 1,
+                    cache: FeatureCache | None = None) -> DataLoader:
     """Loader over ManifestBatches: yields (batch, positions in `rows`), as many batches on each rank.
 
     Those that a rank lacks are empty: at each one DistributedDataParallel waits for all ranks.
     """
-    ranks = [ManifestBatches(rows, sample_rate, encode, batch_seconds, rank=r, world_size=world_size)
+    ranks = [ManifestBatches(rows, sample_rate, encode, batch_seconds, rank=r, world_size=world_size, cache=cache)
              for r in range(world_size)]
     dataset = ranks[rank]
     dataset.groups += [[]] * (max(map(len, ranks)) - len(dataset))
-    return DataLoader(dataset, batch_size=None, num_workers=num_workers)
+    return DataLoader(dataset, batch_size=None, num_workers=0 if cache else num_workers)

@@ -19,6 +19,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from recipes.lengths import valid_mask
+from recipes.moments import masked_moments
 from recipes.recurrent_cpu import recurrence
 
 NORMS = ("batch", "layer", "none")
@@ -84,6 +85,8 @@ class SequenceBatchNorm(nn.Module):
 
     def forward(self, x: Tensor, mask_BT: Tensor) -> Tensor:
         """x (B, T, ..., D) to the same shape; the values on padding frames are finite but mean nothing."""
+        if self.training and x.device.type != "cpu":
+            return self._by_sums(x, mask_BT)
         D = x.shape[-1]
         frames = x[mask_BT].reshape(-1, D) if self.training else x.reshape(-1, D)
         of_batch = self.training and frames.shape[0] > 1
@@ -95,6 +98,21 @@ class SequenceBatchNorm(nn.Module):
         out = torch.zeros(x.shape, dtype=y.dtype, device=x.device)
         out[mask_BT] = y.reshape(-1, *x.shape[2:])
         return out
+
+    def _by_sums(self, x: Tensor, mask_BT: Tensor) -> Tensor:
+        """The same in training without picking frames out, for which a GPU would have to be waited for."""
+        with torch.autocast(x.device.type, enabled=False):
+            mask = mask_BT.reshape(*mask_BT.shape, *[1] * (x.ndim - 3)).expand(x.shape[:-1])
+            x_ND = x.masked_fill(~mask[..., None], 0.0).reshape(-1, x.shape[-1]).float()
+            centred, mean, var, count = masked_moments(x_ND, mask.reshape(-1))
+            enough = count > 1
+            with torch.no_grad():
+                unbiased = var * count / (count - 1).clamp(min=1)
+                for running, new in ((self.running_mean, mean), (self.running_var, unbiased)):
+                    running.copy_(torch.where(enough, torch.lerp(running, new, self.momentum), running))
+            centred = torch.where(enough, centred, x_ND - self.running_mean)
+            scale = self.weight * torch.rsqrt(torch.where(enough, var, self.running_var) + self.eps)
+            return torch.addcmul(self.bias, centred, scale).reshape(x.shape)
 
 
 class SequenceNorm(nn.Module):
@@ -179,6 +197,10 @@ class RecurrentLayer(nn.Module):
         if x_BTD.device.type == "cpu" and not fused and not traced:
             weights = [(d.weight_ih_l0, d.weight_hh_l0, d.bias_ih_l0, d.bias_hh_l0) for d in directions]
             ys = recurrence(self.rnn_type, x_BTD, mask_BT, weights)
+        elif x_BTD.is_cuda:
+            # Autocast's recurrence is in float16 even where bfloat16 was asked for, and nothing scales the loss for it.
+            with torch.autocast("cuda", enabled=False):
+                ys = self._torch_recurrence(x_BTD.float(), lengths_B)
         else:
             ys = self._torch_recurrence(x_BTD, lengths_B)
         y = ys[0] if len(ys) == 1 else ys[0] + ys[1] if self.merge == "sum" else torch.cat(ys, dim=-1)

@@ -38,8 +38,7 @@ def main(arguments: list[str] | None = None) -> int:
     except ConfigError as error:
         print(f"train.py: {error}", file=sys.stderr)
         return EXIT_CONFIG
-    on_cpu = trainer.accelerator == "cpu" and isinstance(trainer.devices, int)
-    set_threads(max(trainer.devices, 1) if on_cpu else 1)
+    set_threads(max(trainer.devices, 1) if isinstance(trainer.devices, int) else 1)
     quiet_imports()
     from nemo.core.config import hydra_runner
 
@@ -76,6 +75,7 @@ def fit(cfg):
     """Builds trainer and model from a composed configuration and trains; returns the model, None where a complete run
     lies in the folder. Raises ConfigError, also where the folder holds a run with other settings."""
     import lightning.pytorch as pl
+    import torch
     from nemo.utils.exp_manager import exp_manager
     from nemo.utils.get_rank import is_global_rank_zero
     from omegaconf import OmegaConf, open_dict
@@ -105,6 +105,9 @@ def fit(cfg):
     callbacks = [progress, SaveLast(), WandbMedia(), Doctor(folder=folder)]
     if cfg.exp_manager.create_wandb_logger and not os.environ.get("WANDB_API_KEY") and not _wandb_login():
         os.environ.setdefault("WANDB_MODE", "offline")
+    if cfg.trainer.accelerator != "cpu":
+        # cuDNN's attention makes a plan for each new shape, and training cannot take it: its mask has a gradient here.
+        torch.backends.cuda.enable_cudnn_sdp(False)
     trainer = pl.Trainer(**OmegaConf.to_container(cfg.trainer, resolve=True), callbacks=callbacks)
     exp_manager(trainer, OmegaConf.to_container(cfg.exp_manager, resolve=True))
     if trainer.is_global_zero:

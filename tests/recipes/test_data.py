@@ -2,6 +2,7 @@
 
 import json
 import math
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -11,7 +12,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from manifests.schema import ManifestError
-from recipes.data import CharEncoder, ManifestBatches, collate, lhotse_loader, manifest_loader, read_audio, read_rows
+from recipes.data import (
+    CharEncoder, FeatureCache, ManifestBatches, collate, lhotse_loader, manifest_loader, read_audio, read_rows,
+)
 from tests.recipes.tiny import LABELS, RATE, corpus, write_audio, write_rows
 
 
@@ -197,6 +200,39 @@ def test_cached_features_are_those_of_the_audio_and_are_computed_once(lhotse_con
             assert features[0][row, :, length:].abs().sum() == 0
     monkeypatch.setattr("recipes.data.mono", lambda cut: pytest.fail("the audio is read again"))
     assert len(list(kept)) == len(batches) > 1
+
+
+def test_the_cache_has_nothing_of_the_model_s_own_preprocessor(rng=np.random.default_rng(0)):
+    """NeMo's featurizer holds a wrapped method of itself: a plain copy computes with the original's filters, dither and
+    device."""
+    from nemo.collections.asr.modules import AudioToMelSpectrogramPreprocessor
+
+    preprocessor = AudioToMelSpectrogramPreprocessor(sample_rate=RATE, features=20, pad_to=0, dither=0.1).train()
+    samples = rng.standard_normal(RATE).astype(np.float32) * 0.01
+    first, second, third = (FeatureCache(preprocessor) for _ in range(3))
+    preprocessor.featurizer.fb.mul_(torch.rand(20, 1) * 3)
+    a, b = first("x", lambda: samples.copy()), second("x", lambda: samples.copy())
+    assert torch.equal(a, b)  # no dither
+    preprocessor.featurizer.fb.zero_()
+    assert torch.equal(third("x", lambda: samples.copy()), a)
+
+
+def test_validation_may_keep_its_features(tmp_path):
+    from nemo.collections.asr.modules import AudioToMelSpectrogramPreprocessor
+
+    preprocessor = AudioToMelSpectrogramPreprocessor(sample_rate=RATE, features=20, pad_to=0, dither=0.0).eval()
+    rows = read_rows(write_rows(tmp_path / "rows.json", corpus(tmp_path)))
+    plain = list(manifest_loader(rows, RATE, CharEncoder(LABELS), batch_seconds=2.5))
+    loader = manifest_loader(rows, RATE, CharEncoder(LABELS), batch_seconds=2.5, cache=FeatureCache(preprocessor))
+    for (audio, positions), (features, same) in zip(plain, loader, strict=True):
+        assert positions == same and features[4] == audio[4] and torch.equal(features[2], audio[2])
+        expected, lengths = preprocessor(input_signal=audio[0], length=audio[1])
+        assert torch.equal(features[1], lengths)
+        for row, length in enumerate(lengths):
+            torch.testing.assert_close(features[0][row, :, :length], expected[row, :, :length], atol=5e-3, rtol=1e-3)
+    for row in rows:
+        Path(row["audio_filepath"]).unlink()
+    assert len(list(loader)) == len(plain) > 1  # the audio is not read again
 
 
 def test_training_stops_at_text_that_cannot_be_spelled_with_the_utterance_named(lhotse_config, tmp_path):

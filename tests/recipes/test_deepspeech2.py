@@ -231,8 +231,12 @@ def test_initialisation_keeps_states_alive():
     assert torch.linalg.matrix_norm(RecurrentLayer(8, 6, "relu").ahead.weight_hh_l0, 2) < 0.51
 
 
+BATCH_NORMS = {"frames picked": SequenceBatchNorm.forward, "sums, as on a GPU": SequenceBatchNorm._by_sums}
+
+
+@pytest.mark.parametrize("normalise", BATCH_NORMS.values(), ids=BATCH_NORMS)
 @pytest.mark.parametrize("inner", [(), (3,)], ids=["frames", "frames by frequency"])
-def test_batch_norm_is_that_of_the_valid_frames_alone(inner):
+def test_batch_norm_is_that_of_the_valid_frames_alone(inner, normalise):
     torch.manual_seed(0)
     ours, theirs = SequenceBatchNorm(5), torch.nn.BatchNorm1d(5)
     for module in (ours, theirs):
@@ -243,7 +247,7 @@ def test_batch_norm_is_that_of_the_valid_frames_alone(inner):
     x = torch.randn(3, 7, *inner, 5, requires_grad=True)
     frames = torch.cat([x[i, :n].reshape(-1, 5) for i, n in enumerate(lengths)])
     noisy = torch.where(mask.reshape(3, 7, *[1] * len(inner), 1), x, torch.full_like(x, float("inf")))
-    y, expected = ours(noisy, mask)[mask].reshape(-1, 5), theirs(frames)
+    y, expected = normalise(ours, noisy, mask)[mask].reshape(-1, 5), theirs(frames)
     torch.testing.assert_close(y, expected)
     torch.testing.assert_close(ours.running_mean, theirs.running_mean)
     torch.testing.assert_close(ours.running_var, theirs.running_var)
@@ -253,12 +257,13 @@ def test_batch_norm_is_that_of_the_valid_frames_alone(inner):
     torch.testing.assert_close(ours(x, mask)[mask].reshape(-1, 5), theirs(frames))
 
 
+@pytest.mark.parametrize("normalise", BATCH_NORMS.values(), ids=BATCH_NORMS)
 @pytest.mark.parametrize("frames", [0, 1])
-def test_batch_norm_without_a_variance_uses_and_keeps_running_statistics(frames):
+def test_batch_norm_without_a_variance_uses_and_keeps_running_statistics(frames, normalise):
     norm = SequenceBatchNorm(4)
     norm.running_mean.fill_(2.0)
     mask = valid_mask(torch.tensor([frames]), 3)
-    y = norm(torch.full((1, 3, 4), 5.0), mask)
+    y = normalise(norm, torch.full((1, 3, 4), 5.0), mask)
     assert y.isfinite().all() and norm.running_mean.eq(2.0).all() and norm.running_var.eq(1.0).all()
     torch.testing.assert_close(y[mask], torch.full((frames, 4), 3.0), atol=1e-4, rtol=0)
 

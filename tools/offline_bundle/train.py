@@ -369,7 +369,8 @@ def make_jobs(dest: Path, models: list[str], corpus: str, minutes: float | None,
 
 def _gpu() -> bool:
     """Whether there is an NVIDIA GPU; torch is not asked, it takes seconds to import."""
-    return bool(shutil.which("nvidia-smi")) and not subprocess.run(["nvidia-smi", "-L"], capture_output=True).returncode
+    listed = bool(shutil.which("nvidia-smi")) and not subprocess.run(["nvidia-smi", "-L"], capture_output=True).returncode
+    return listed or Path("/dev/nvidia0").exists()  # a container may lack the program
 
 
 def _listed(folder: Path) -> str:

@@ -1,0 +1,49 @@
+"""Whether PyTorch sees the GPUs that a run asks for: `python -m recipes.gpu N`, before anything is begun.
+
+A PyTorch built for a newer CUDA than the driver knows sees none, says nothing, and leaves all to the CPU.
+"""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+
+
+def driver_version() -> str:
+    """The NVIDIA driver's version as nvidia-smi gives it, `unknown` where that cannot be asked."""
+    try:
+        asked = ["nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader"]
+        lines = subprocess.run(asked, capture_output=True, text=True, timeout=30).stdout.split()
+    except (OSError, subprocess.TimeoutExpired):
+        lines = []
+    return lines[0] if lines else "unknown"
+
+
+def missing_gpus(wanted: int) -> str:
+    """One line that says why `wanted` GPUs cannot be used and what to do; empty where they can."""
+    import torch
+
+    seen = torch.cuda.device_count() if torch.cuda.is_available() else 0
+    if seen >= wanted:
+        return ""
+    if torch.version.cuda is None:
+        why = "is a build without CUDA: remove .venv, and install where the package index offers the CUDA build"
+    elif seen:
+        why = f"sees {seen}: give --gpus {seen}"
+    else:
+        why = (
+            f"is built for CUDA {torch.version.cuda} and sees none (driver {driver_version()}): update the driver, "
+            "or put a torch for an older CUDA into requirements-torch.txt"
+        )
+    return f"{wanted} GPU(s) asked for, and torch {torch.__version__} {why}; --gpus 0 trains on the CPU"
+
+
+def main(arguments: list[str] | None = None) -> int:
+    problem = missing_gpus(int((sys.argv[1:] if arguments is None else arguments)[0]))
+    if problem:
+        print(f"run.sh: {problem}", file=sys.stderr)
+    return 2 if problem else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

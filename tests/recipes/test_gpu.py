@@ -1,0 +1,42 @@
+"""What is said where a run asks for GPUs that PyTorch does not see. No GPU is needed."""
+
+import pytest
+import torch
+
+from recipes import gpu
+
+
+@pytest.fixture
+def machine(monkeypatch):
+    def made(devices: int, cuda: str | None = "13.0", driver: str = "535.104.05"):
+        monkeypatch.setattr(torch.cuda, "is_available", lambda: devices > 0)
+        monkeypatch.setattr(torch.cuda, "device_count", lambda: devices)
+        monkeypatch.setattr(torch.version, "cuda", cuda)
+        monkeypatch.setattr(gpu, "driver_version", lambda: driver)
+
+    return made
+
+
+def test_gpus_that_are_there_are_no_problem(machine, capsys):
+    machine(8)
+    assert gpu.main(["8"]) == 0 and capsys.readouterr().err == ""
+
+
+@pytest.mark.parametrize(
+    "devices, cuda, words",
+    [
+        (0, "13.0", ["CUDA 13.0", "driver 535.104.05", "requirements-torch.txt"]),
+        (0, None, ["without CUDA"]),
+        (2, "13.0", ["sees 2", "--gpus 2"]),
+    ],
+)
+def test_gpus_that_torch_does_not_see_are_one_line_with_the_reason(devices, cuda, words, machine, capsys):
+    machine(devices, cuda)
+    assert gpu.main(["4"]) == 2
+    said = capsys.readouterr().err
+    assert said.count("\n") == 1 and all(word in said for word in ["4 GPU(s)", "--gpus 0", *words])
+
+
+def test_a_driver_that_cannot_be_asked_is_unknown(monkeypatch, tmp_path):
+    monkeypatch.setenv("PATH", str(tmp_path))
+    assert gpu.driver_version() == "unknown"
