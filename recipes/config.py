@@ -11,6 +11,7 @@ import inspect
 from pathlib import Path
 
 from omegaconf import DictConfig, OmegaConf
+from omegaconf.errors import OmegaConfBaseException
 
 ROOT = Path(__file__).resolve().parent.parent
 CONF = ROOT / "conf"
@@ -30,10 +31,26 @@ def cpu_precision() -> str:
 OmegaConf.register_new_resolver("cpu_precision", cpu_precision, replace=True)
 OmegaConf.register_new_resolver("len", lambda items: len(items), replace=True)
 OmegaConf.register_new_resolver("at_least", max, replace=True)
+OmegaConf.register_new_resolver("at_most", min, replace=True)
 OmegaConf.register_new_resolver("middle_block", lambda blocks: max((blocks - 1) // 2, 0), replace=True)  # from 0
 
 
 WAVEFORM = ("room_probability", "noise_probability")  # of model.noise_and_rooms
+
+
+WHOLE, ANY = (int,), (int, float)
+NUMBERS = {  # what must be a number, of which kind, and its least value; the rules of `check` say more of some
+    "trainer.max_steps": (WHOLE, -1),
+    "trainer.num_nodes": (WHOLE, 1),
+    "trainer.accumulate_grad_batches": (WHOLE, 1),
+    "trainer.log_every_n_steps": (WHOLE, 1),
+    "seed": (WHOLE, 0),
+    **dict.fromkeys(
+        ["training.epochs", "training.validations", "training.global_batch_seconds", "training.warmup_share",
+         "training.final_share", "training.weight_decay", "model.optim.lr", "model.tempo", "model.consistency_weight",
+         "model.train_ds.min_duration", "model.train_ds.max_duration"], (ANY, 0),
+    ),
+}
 
 
 class ConfigError(ValueError):
@@ -76,6 +93,8 @@ def compose(config_name: str, overrides: list[str]) -> DictConfig:
             if key in groups:
                 options = [path.stem for path in (CONF / key).glob("*.yaml")]
                 values = override.value() if isinstance(override.value(), list) else [override.value()]
+                if override.is_sweep_override():
+                    raise ConfigError(f"{override.input_line}: one at a time; start a run for each")
                 for value in values:
                     if value not in options:
                         raise ConfigError(f"no option {value!r} in {key}{suggest(str(value), options)}")
@@ -89,7 +108,10 @@ def compose(config_name: str, overrides: list[str]) -> DictConfig:
             cfg = hydra_compose(name, overrides=[_logger_alias(line) for line in overrides])
         except HydraException as error:
             raise ConfigError(_first_line(error)) from None
-    check(cfg)
+    try:
+        check(cfg)
+    except (OmegaConfBaseException, TypeError, AttributeError) as error:
+        raise ConfigError(f"the configuration does not hold together: {_first_line(error)}") from None
     return cfg
 
 
@@ -106,6 +128,15 @@ def _first_line(error: Exception) -> str:
     return " ".join(line.strip() for line in str(error).splitlines() if line.strip())
 
 
+def _leaves(node: DictConfig, prefix: str = "") -> list[str]:
+    """Full names of all values below `node`, whether they can be resolved or not; those of the run before its parts'."""
+    names = []
+    for key in node.keys():
+        child = None if OmegaConf.is_missing(node, key) or OmegaConf.is_interpolation(node, key) else node[key]
+        names += _leaves(child, f"{prefix}{key}.") if isinstance(child, DictConfig) else [f"{prefix}{key}"]
+    return sorted(names, key=lambda name: (name.startswith(("size.", "corpus.")), name.count(".")))
+
+
 def _check_key(cfg: DictConfig, key: str) -> None:
     node, walked = cfg, []
     for part in key.split("."):
@@ -114,10 +145,9 @@ def _check_key(cfg: DictConfig, key: str) -> None:
         if part not in node.keys():  # `in` alone is False for a value that is missing
             path = ".".join([*walked, part])
             prefix = ".".join([*walked, ""])
-            raise ConfigError(
-                f"unknown key {path}{suggest(path, [prefix + str(k) for k in node])}"
-                f" (to add it all the same: +{key}=...)"
-            )
+            deeper = [] if walked else [name for name in _leaves(cfg) if name.endswith(f".{key}")]
+            near = f"; did you mean {' or '.join(deeper[:3])}?" if deeper else suggest(path, [prefix + str(k) for k in node])
+            raise ConfigError(f"unknown key {path}{near} (to add it all the same: +{key}=...)")
         walked.append(part)
         if OmegaConf.is_missing(node, part):
             return
@@ -129,12 +159,26 @@ def check(cfg: DictConfig) -> None:
     missing = sorted(key for key in OmegaConf.missing_keys(cfg) if key not in COMPUTED)
     if missing:
         raise ConfigError(f"missing mandatory value: {missing[0]}; give it as {missing[0]}=VALUE")
+    if not cfg.model.get("optim"):
+        raise ConfigError("model.optim is empty: nothing would be learned; take the override out")
+    for key, (kinds, least) in NUMBERS.items():
+        value = OmegaConf.select(cfg, key)
+        if isinstance(value, bool) or not isinstance(value, kinds) or not value >= least:
+            what = "a whole number" if kinds == WHOLE else "a number"
+            raise ConfigError(f"{key}={value} must be {what} of {least} or more")
     trainer, train = cfg.trainer, cfg.model.train_ds
+    every = trainer.get("val_check_interval")
     cpu = trainer.accelerator == "cpu"
     lhotse = bool(train.get("use_lhotse"))
     shards = bool(train.get("tarred_audio_filepaths") or train.get("shar_path"))
     many = trainer.num_nodes > 1 or (isinstance(trainer.devices, int) and trainer.devices > 1)
     rules = [
+        (not cfg.model.get("tokenizer") and not cfg.model.get("labels"), "model.labels is empty: no text could be spelled"),
+        (every is not None and (isinstance(every, str) or not every > 0),
+         f"trainer.val_check_interval={every} must be a positive number of steps, or null: then training.validations "
+         "says how many there are"),
+        (not isinstance(cfg.exp_manager.get("explicit_log_dir"), str),
+         "exp_manager.explicit_log_dir must be a folder: all that a run makes goes there"),
         (trainer.sync_batchnorm and cpu,
          "trainer.sync_batchnorm=true needs GPUs; set trainer.sync_batchnorm=false with trainer.accelerator=cpu"),
         (trainer.sync_batchnorm and str(cfg.model.encoder.get("_target_")).startswith("recipes."),
@@ -161,6 +205,8 @@ def check(cfg: DictConfig) -> None:
          "model.train_ds.num_workers=0 makes every device read the same stream of shards; set it to 1 or more"),
         (cpu and str(trainer.precision) in {"16", "16-mixed", "16-true", "bf16-true"},
          f"trainer.precision={trainer.precision} does not train on a CPU; use 32 or bf16-mixed"),
+        (isinstance(trainer.devices, int) and trainer.devices < (1 if cpu else -1) or trainer.devices == 0,
+         f"trainer.devices={trainer.devices} must be 1 or more" + ("" if cpu else ", or -1 for all GPUs")),
         (many and trainer.strategy == "auto" and cpu,
          f"trainer.devices={trainer.devices} on the CPU needs trainer=cpu_ddp"),
         (not 0 <= cfg.training.warmup_share < 1,

@@ -29,6 +29,10 @@ from manifests.shards_format import COMBINED, is_sharded, read_shard, shard_path
 Batch = tuple[Tensor, Tensor, Tensor, Tensor, list[str]]
 
 
+class DataError(RuntimeError):
+    """An utterance that cannot be used. The message names it."""
+
+
 class CharEncoder:
     """Text to character targets by the position of each character in `labels`."""
 
@@ -134,7 +138,7 @@ class CutsDataset(Dataset):
                 signals.append(self.cache(cut.id, lambda: self.load(cut)) if self.cache else self.load(cut))
                 targets.append(self.encode(" ".join(s.text or "" for s in cut.supervisions)))
             except Exception as error:
-                raise RuntimeError(f"utterance {utterance_id(cut)} cannot be trained on: {error}") from error
+                raise DataError(f"utterance {utterance_id(cut)} cannot be trained on: {error}") from error
             ids.append(utterance_id(cut))
         return collate(signals, targets, ids)
 
@@ -295,9 +299,12 @@ class ManifestBatches(Dataset):
         audio, targets, ids = [], [], []
         for i in self.groups[index]:
             row = self.rows[i]
-            audio.append(self.cache(str(i), lambda: self.load(row)) if self.cache else self.load(row))
-            targets.append(self.encode(row["text"]) if self.encode else [])
             ids.append(str(row.get("utterance") or Path(row["audio_filepath"]).stem))
+            audio.append(self.cache(str(i), lambda: self.load(row)) if self.cache else self.load(row))
+            try:
+                targets.append(self.encode(row["text"]) if self.encode else [])
+            except ValueError as error:
+                raise DataError(f"utterance {ids[-1]} cannot be validated on: {error}") from error
         return collate(audio, targets, ids), self.groups[index]
 
     def load(self, row: dict) -> np.ndarray:
@@ -308,7 +315,7 @@ class ManifestBatches(Dataset):
 def read_audio(row: dict, sample_rate: int) -> np.ndarray:
     """Mono float32 samples of a manifest row, honouring `offset`; other rates are resampled.
 
-    Raises RuntimeError naming the file where it cannot be read, is empty or has several channels.
+    Raises DataError naming the file where it cannot be read, is empty or has several channels.
     """
     path = row["audio_filepath"]
     try:
@@ -318,11 +325,11 @@ def read_audio(row: dict, sample_rate: int) -> np.ndarray:
             frames = int(round(row["duration"] * rate)) if "offset" in row else -1  # the first segment is at 0
             samples = file.read(frames, dtype="float32", always_2d=True)
     except Exception as error:  # soundfile raises several unrelated kinds
-        raise RuntimeError(f"{path}: audio cannot be read ({error})") from error
+        raise DataError(f"{path}: audio cannot be read ({error})") from error
     if samples.shape[1] != 1:
-        raise RuntimeError(f"{path}: {samples.shape[1]} channels; make it mono first")
+        raise DataError(f"{path}: {samples.shape[1]} channels; make it mono first")
     if len(samples) == 0:
-        raise RuntimeError(f"{path}: no samples")
+        raise DataError(f"{path}: no samples")
     samples = samples[:, 0]
     if rate != sample_rate:
         import soxr

@@ -35,7 +35,7 @@ def missing_gpus(wanted: int) -> str:
             f"is built for CUDA {torch.version.cuda} and sees none (driver {driver_version()}): update the driver, "
             "or put a torch for an older CUDA into requirements-torch.txt"
         )
-    return f"{wanted} GPU(s) asked for, and torch {torch.__version__} {why}; --gpus 0 trains on the CPU"
+    return f"{wanted} GPU(s) asked for, and torch {torch.__version__} {why}; trainer=cpu (run.sh: --gpus 0) trains without"
 
 
 def main(arguments: list[str] | None = None) -> int:

@@ -9,6 +9,8 @@ from __future__ import annotations
 import argparse
 import os
 import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 if not __package__:  # started by path: the project's root in place of this folder, whose nemo.py would hide NeMo
@@ -19,6 +21,7 @@ from recipes.pretrained import FOLDERS, pretrained_path
 from recipes.quiet import quiet_imports, quiet_nemo
 from recipes.threads import set_threads
 
+FULL_ERROR = "HYDRA_FULL_ERROR"  # Hydra's own, for tracebacks in place of one line
 EXIT_CONFIG, EXIT_DIVERGED, EXIT_ENDED = 2, 3, 143
 
 
@@ -56,12 +59,16 @@ def main(arguments: list[str] | None = None) -> int:
 def _guarded_fit(cfg) -> int:
     from lightning.pytorch.utilities.exceptions import SIGTERMException
 
+    from manifests.schema import ManifestError
     from recipes.ctc_model import TrainingDiverged
+    from recipes.data import DataError
 
     try:
         fit(cfg)
-    except ConfigError as error:
-        print(f"train.py: {error}", file=sys.stderr)
+    except (ConfigError, ManifestError, DataError) as error:
+        if os.environ.get(FULL_ERROR) == "1":
+            raise
+        print(f"train.py: {_one_line(error)} ({FULL_ERROR}=1 shows where)", file=sys.stderr)
         return EXIT_CONFIG
     except TrainingDiverged as error:
         print(f"train.py: {error}", file=sys.stderr)
@@ -69,6 +76,31 @@ def _guarded_fit(cfg) -> int:
     except SIGTERMException:
         return EXIT_ENDED
     return 0
+
+
+def _one_line(error: Exception) -> str:
+    """Its message in one line; of one that a loader's worker passes on with its traceback, what stands at the end."""
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()] or [type(error).__name__]
+    if "Traceback" not in str(error):
+        return " ".join(lines)
+    return lines[-1].partition(f"{type(error).__name__}: ")[2] or lines[-1]
+
+
+@contextmanager
+def _building() -> Iterator[None]:
+    """What the libraries say of settings that they cannot build from, as a ConfigError."""
+    from hydra.errors import HydraException
+    from lightning.fabric.utilities.exceptions import MisconfigurationException
+
+    from manifests.schema import ManifestError
+
+    try:
+        yield
+    except (ConfigError, ManifestError):
+        raise
+    except (ValueError, TypeError, KeyError, AttributeError, OSError, HydraException, MisconfigurationException) as error:
+        kind = "" if isinstance(error, (ValueError, HydraException, MisconfigurationException)) else f"{type(error).__name__}: "
+        raise ConfigError(f"cannot be built: {kind}{_one_line(error)}") from error
 
 
 def fit(cfg):
@@ -81,16 +113,18 @@ def fit(cfg):
     from omegaconf import OmegaConf, open_dict
 
     from recipes import resume
+    from recipes.gpu import missing_gpus
     from recipes.monitor import Progress, SaveLast, WandbMedia
     from tools.doctor.callback import Doctor  # an entry point may attach a monitor of tools
 
     quiet_nemo()
-    check_against_code(cfg)
-    with open_dict(cfg):
-        left_out = fill_in(cfg)
+    with _building():
+        check_against_code(cfg)
+        with open_dict(cfg):
+            left_out = fill_in(cfg, None if cfg.model.get("tokenizer") else cfg.model.labels)
+        folder = Path(cfg.exp_manager.explicit_log_dir)
+        folder.mkdir(parents=True, exist_ok=True)
     pl.seed_everything(cfg.seed, workers=True, verbose=False)
-    folder = Path(cfg.exp_manager.explicit_log_dir)
-    folder.mkdir(parents=True, exist_ok=True)
     if is_global_rank_zero():
         if left_out:
             print(left_out, flush=True)
@@ -105,16 +139,19 @@ def fit(cfg):
     callbacks = [progress, SaveLast(), WandbMedia(), Doctor(folder=folder)]
     if cfg.exp_manager.create_wandb_logger and not os.environ.get("WANDB_API_KEY") and not _wandb_login():
         os.environ.setdefault("WANDB_MODE", "offline")
-    if cfg.trainer.accelerator != "cpu":
-        # cuDNN's attention makes a plan for each new shape, and training cannot take it: its mask has a gradient here.
-        torch.backends.cuda.enable_cudnn_sdp(False)
-    trainer = pl.Trainer(**OmegaConf.to_container(cfg.trainer, resolve=True), callbacks=callbacks)
-    exp_manager(trainer, OmegaConf.to_container(cfg.exp_manager, resolve=True))
-    if trainer.is_global_zero:
-        progress.restore()
-        resume.put_back(folder)
-        OmegaConf.save(cfg, folder / "config.yaml", resolve=True)
-    model = build_model(cfg, trainer)
+    with _building():
+        if cfg.trainer.accelerator != "cpu":
+            if problem := missing_gpus(device_count(cfg.trainer)):
+                raise ConfigError(problem)
+            # cuDNN's attention makes a plan for each new shape, and training cannot take it: its mask has a gradient.
+            torch.backends.cuda.enable_cudnn_sdp(False)
+        trainer = pl.Trainer(**OmegaConf.to_container(cfg.trainer, resolve=True), callbacks=callbacks)
+        exp_manager(trainer, OmegaConf.to_container(cfg.exp_manager, resolve=True))
+        if trainer.is_global_zero:
+            progress.restore()
+            resume.put_back(folder)
+            OmegaConf.save(cfg, folder / "config.yaml", resolve=True)
+        model = build_model(cfg, trainer)
     if trainer.is_global_zero:
         parameters = sum(p.numel() for p in model.parameters()) / 1e6
         print(
@@ -155,7 +192,12 @@ def load_weights(model, path: str) -> None:
     path = str(pretrained_path(path)) if path in FOLDERS else path
     if not Path(path).is_file():
         raise ConfigError(f"init_from: no file {path}")
-    other = ASRModel.restore_from(path, map_location="cpu")
+    try:
+        other = ASRModel.restore_from(path, map_location="cpu")
+    except Exception as error:  # tarfile, pickle, hydra, torch: each has kinds of its own
+        raise ConfigError(
+            f"init_from={path}: cannot be loaded as a NeMo model ({type(error).__name__}: {_one_line(error)})"
+        ) from error
     if isinstance(model.encoder, ConformerEncoder) and isinstance(other.encoder, NeMoConformer):
         try:
             swap_encoder(other)
@@ -174,14 +216,13 @@ def load_weights(model, path: str) -> None:
     print(f"{len(kept)} of {len(target)} tensors from {path}; fresh: {', '.join(left[:5]) or 'none'}", flush=True)
 
 
-def fill_in(cfg) -> str:
+def fill_in(cfg, labels=None) -> str:
     """Sets what follows from other values: the batch of a device, the number of steps, the schedule in steps.
 
     One global batch in seconds is the recipe's; the batch of a device is its share. Steps are counted in global
     batches, so neither they nor the learning rate change with the number of devices. Returns a line on the utterances
-    that are too short or too long to be trained on, empty where there is none.
+    that are too short or too long to be trained on, empty where there is none. Raises what `look_at_data` does.
     """
-    from manifests.schema import read_manifest
     from recipes.lengths import split_global_batch
 
     trainer, train = cfg.trainer, cfg.model.train_ds
@@ -194,20 +235,10 @@ def fill_in(cfg) -> str:
             f"training.global_batch_seconds={cfg.training.global_batch_seconds} over {devices} devices leaves "
             f"{train.batch_duration:.2f} s for each, less than an utterance; raise it"
         )
-    computed, left_out = trainer.max_steps < 1, ""
+    computed, seconds, left_out = trainer.max_steps < 1, 0.0, ""
+    if not (train.get("tarred_audio_filepaths") or train.get("shar_path")):  # those are patterns of many files
+        seconds, left_out = look_at_data(train, labels)
     if computed:
-        paths = [train.manifest_filepath] if isinstance(train.manifest_filepath, str) else train.manifest_filepath
-        durations = [row["duration"] for path in paths for row in read_manifest(path)]
-        kept = [duration for duration in durations if train.min_duration <= duration <= train.max_duration]
-        seconds = sum(kept)
-        if len(kept) < len(durations):
-            hours = (sum(durations) - seconds) / 3600
-            left_out = (
-                f"{len(durations) - len(kept)} of {len(durations)} utterances, {hours:.2f} h, are not trained on: shorter than "
-                f"model.train_ds.min_duration={train.min_duration:g} s or longer than max_duration={train.max_duration:g} s"
-            )
-        if seconds == 0:
-            raise ConfigError(f"{paths}: no utterance between {train.min_duration} and {train.max_duration} s")
         steps_a_pass = max(round(seconds / cfg.training.global_batch_seconds), 1)
         trainer.max_steps = max(int(steps_a_pass * cfg.training.epochs), 1)
     if trainer.val_check_interval is None:
@@ -226,6 +257,42 @@ def fill_in(cfg) -> str:
         steps = min(trainer.val_check_interval, trainer.max_steps)
         trainer.val_check_interval = steps * trainer.accumulate_grad_batches
     return left_out
+
+
+def look_at_data(train, labels) -> tuple[float, str]:
+    """Seconds of audio that will be trained on, and a line on what will not, by the manifests of `train`.
+
+    Raises ManifestError where a row is not good or has a character that is none of `labels` (None: any will do), and
+    ConfigError where nothing is left: lhotse would look for a first batch for ever.
+    """
+    from manifests.schema import ManifestError, iter_manifest
+    from recipes.data import CharEncoder
+
+    paths = [train.manifest_filepath] if isinstance(train.manifest_filepath, str) else list(train.manifest_filepath or [])
+    encode = CharEncoder(labels) if labels is not None else len
+    durations, spoken = [], 0
+    for path in paths:
+        for line, row in iter_manifest(path):
+            try:
+                spoken += bool(encode(row["text"]))
+            except ValueError as error:
+                raise ManifestError(f"{path}:{line}: {error}") from None
+            durations.append(row["duration"])
+    kept = [duration for duration in durations if train.min_duration <= duration <= train.max_duration]
+    if paths and not kept:
+        raise ConfigError(
+            f"{paths}: none of {len(durations)} utterances is from model.train_ds.min_duration={train.min_duration:g} to "
+            f"max_duration={train.max_duration:g} s long"
+        )
+    if paths and not spoken:
+        raise ConfigError(f"{paths}: all texts are empty: nothing but silence would be learned")
+    if len(kept) == len(durations):
+        return sum(kept), ""
+    hours = (sum(durations) - sum(kept)) / 3600
+    return sum(kept), (
+        f"{len(durations) - len(kept)} of {len(durations)} utterances, {hours:.2f} h, are not trained on: shorter than "
+        f"model.train_ds.min_duration={train.min_duration:g} s or longer than max_duration={train.max_duration:g} s"
+    )
 
 
 def device_count(trainer) -> int:

@@ -34,7 +34,7 @@ def test_gpus_that_torch_does_not_see_are_one_line_with_the_reason(devices, cuda
     machine(devices, cuda)
     assert gpu.main(["4"]) == 2
     said = capsys.readouterr().err
-    assert said.count("\n") == 1 and all(word in said for word in ["4 GPU(s)", "--gpus 0", *words])
+    assert said.count("\n") == 1 and all(word in said for word in ["4 GPU(s)", "trainer=cpu", *words])
 
 
 def test_a_driver_that_cannot_be_asked_is_unknown(monkeypatch, tmp_path):
