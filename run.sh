@@ -1,6 +1,7 @@
 #!/usr/bin/env bash
 # From nothing to an evaluated model: environment, corpus, manifests, one batch, training, averaging, evaluation, report.
 set -euo pipefail
+here=$PWD
 cd "$(dirname "${BASH_SOURCE[0]}")"
 
 MODELS="deepspeech deepspeech2 conformer conformer_bpe"
@@ -48,13 +49,13 @@ ensure_environment() {
   [ -f $stamp ] && [ "$(cat $stamp)" = "$want" ] && return
   for candidate in ${PYTHON:-} python3.11 python3.12 python3.10 python3; do
     if command -v "$candidate" > /dev/null &&
-       "$candidate" -c 'import sys, venv; sys.exit(not (3, 10) <= sys.version_info < (3, 13))' 2> /dev/null; then
+       "$candidate" -c 'import sys, venv, ensurepip; sys.exit(not (3, 10) <= sys.version_info < (3, 13))' 2> /dev/null; then
       python=$candidate; break
     fi
   done
   [ -n "${python:-}" ] || fail "no Python 3.10, 3.11 or 3.12 found: install one, or name it with PYTHON=/path/to/python3.11"
   echo "== environment: .venv with $("$python" --version), once, some minutes"
-  [ -x .venv/bin/python ] || "$python" -m venv .venv
+  .venv/bin/python -m pip --version > /dev/null 2>&1 || "$python" -m venv --clear .venv
   .venv/bin/python tools/install.py
   echo "$want" > $stamp
 }
@@ -66,20 +67,29 @@ check() {  # TRAINING ARGUMENTS...
   $python -m tools.ladder --rungs batch --out "$exp/check/one_batch.json" "$@"
 }
 
+lines() { printf '%s\n' "$@"; }  # a list of files, one a line: any of them may have spaces in its name
+
 # Runs COMMAND unless its stamp is newer than all it READS, all it WRITES is there and the command is the same.
 run_stage() {  # NUMBER TITLE "READS" "WRITES" COMMAND...
-  local number=$1 title=$2 reads=$3 writes=$4; shift 4
+  local number=$1 title=$2 reads=$3 writes=$4 -; shift 4
   { [ "$number" -lt "$stage" ] || [ "$number" -gt "$stop_stage" ]; } && return
-  local stamp fresh=true path begin=$SECONDS
+  local stamp fresh=true path begin=$SECONDS status=0 child IFS=$'\n'
+  set -f
   stamp="$exp/.stages/$number"
   [ "$number" -gt 1 ] || stamp="data/.stages/$corpus-$number"  # the corpus is shared by all models
   { [ -f "$stamp" ] && [ "$(cat "$stamp")" = "$*" ] && ! $force; } || fresh=false
   for path in $writes; do [ -e "$path" ] || fresh=false; done
   for path in $reads; do [ ! -e "$path" ] || [ ! "$path" -nt "$stamp" ] || fresh=false; done
   if $fresh; then echo "== stage $number: $title: complete, skipped (--force redoes it)"; return; fi
-  echo "== stage $number: $title: ${reads:-nothing} -> ${writes:-nothing}"
+  echo "== stage $number: $title: ${reads//$'\n'/ } -> ${writes//$'\n'/ }"
   rm -f "$stamp"
-  "$@" || { local status=$?; echo "run.sh: stage $number ($title) failed; the same command goes on from here" >&2; exit $status; }
+  "$@" &
+  child=$!
+  trap 'kill -TERM "$child" 2> /dev/null' TERM INT  # a training saves before it ends, and is waited for
+  wait "$child" || status=$?
+  while kill -0 "$child" 2> /dev/null; do status=0; wait "$child" || status=$?; done
+  trap - TERM INT
+  [ "$status" = 0 ] || { echo "run.sh: stage $number ($title) failed; the same command goes on from here" >&2; exit "$status"; }
   mkdir -p "$(dirname "$stamp")" && echo "$*" > "$stamp"
   echo "== stage $number: done in $((SECONDS - begin)) s"
 }
@@ -104,57 +114,73 @@ done
 one_of "$model" --model $MODELS
 one_of "$corpus" --corpus $CORPORA
 for pair in "--stage $stage" "--stop-stage $stop_stage"; do one_of "${pair#* }" "${pair% *}" 0 1 2 3 4 5 6 7; done
+[ "$stage" -le "$stop_stage" ] || fail "--stage $stage --stop-stage $stop_stage: nothing lies between them"
 [[ "$nodes" =~ ^[1-9][0-9]*$ ]] || fail "--nodes $nodes: must be a positive number"
 if [ -z "$gpus" ]; then gpus=0; if nvidia-smi -L > /dev/null 2>&1 || [ -e /dev/nvidia0 ]; then gpus=1; fi; fi
 [[ "$gpus" =~ ^[0-9]+$ ]] || fail "--gpus $gpus: must be 0 or more"
 
+if [ "$here" != "$PWD" ]; then  # what is relative is so to the folder of the caller
+  [ -z "$data" ] || [[ "$data" = /* ]] || data=$here/$data
+  [ -z "$exp" ] || [[ "$exp" = /* ]] || exp=$here/$exp
+fi
 exp=${exp:-exp/${model}_$corpus}
 manifests=data/$corpus
-train=(--config-name "$model" "corpus=$corpus" "exp_manager.explicit_log_dir=$exp")
+quoted() { if [[ "$1" =~ [^A-Za-z0-9_./-] ]]; then echo "'${1//\'/\\\'}'"; else echo "$1"; fi; }  # as Hydra reads it
+train=(--config-name "$model" "corpus=$corpus")
 [ "$nodes" = 1 ] || [ "$gpus" -gt 0 ] || fail "--nodes $nodes: say with --gpus N how many GPUs a node has"
 if [ "$nodes" -gt 1 ]; then train+=(trainer=slurm "trainer.devices=$gpus" "trainer.num_nodes=$nodes")
 elif [ "$gpus" -gt 1 ]; then train+=(trainer=ddp "trainer.devices=$gpus")
 elif [ "$gpus" = 1 ]; then train+=(trainer=gpu)
 else train+=(trainer=cpu); fi
+settings=("exp_manager.explicit_log_dir=$(quoted "$exp")")
 if [ "$gpus" -gt 0 ]; then
-  case $corpus in librispeech_5h | librispeech_8h) train+=(size=large) ;; librispeech_*) train+=(size=full) ;; esac
+  case $corpus in librispeech_5h | librispeech_8h) settings+=(size=large) ;; librispeech_*) settings+=(size=full) ;; esac
 fi
 tokenizer=""
-if [[ "$model" == *_bpe ]]; then tokenizer=$exp/tokenizer; train+=("model.tokenizer.dir=$tokenizer"); fi
-train+=(${overrides[@]+"${overrides[@]}"})
+if [[ "$model" == *_bpe ]]; then tokenizer=$exp/tokenizer; settings+=("model.tokenizer.dir=$(quoted "$tokenizer")"); fi
+settings+=(${overrides[@]+"${overrides[@]}"})
+train+=("${settings[@]}")
 where=(${data:+--data "$data"})
 
 ensure_environment
 python=.venv/bin/python
 [ "$gpus" = 0 ] || [ "$nodes" -gt 1 ] || $python -m recipes.gpu "$gpus" || exit 2
+[ ${#overrides[@]} = 0 ] || $python -m recipes.config "${train[@]}" || exit 2
 mkdir -p "$exp"
 if [ -n "$data" ]; then tree=$data; elif [ "$corpus" = mini ]; then tree=data/mini_tree/LibriSpeech; else tree=data/LibriSpeech; fi
 tests=$($python -m manifests.corpus tests "$corpus")
+tests_read=${tests//[\[\]]/} tests_read=${tests_read//,/$'\n'}
+recipe=$(lines conf/base.yaml "conf/${model%_bpe}.yaml" "conf/$model.yaml" "$manifests/train.json" ${tokenizer:+"$tokenizer"})
 sources=conf/corpus/$corpus.yaml
-if [ "$corpus" = mini ]; then sources+=" manifests/mini/grammar.txt manifests/mini/newwords.txt manifests/mini/voices.py"; fi
+[ "$corpus" != mini ] || sources=$(lines "$sources" manifests/mini/grammar.txt manifests/mini/newwords.txt manifests/mini/voices.py)
 
 run_stage 0 corpus "$sources" "$tree" $python -m manifests.corpus fetch "$corpus" "${where[@]}"
-run_stage 1 manifests "conf/corpus/$corpus.yaml data/.stages/$corpus-0" "$manifests/train.json $manifests/dev.json" \
+run_stage 1 manifests "$(lines "conf/corpus/$corpus.yaml" "data/.stages/$corpus-0")" \
+  "$(lines "$manifests/train.json" "$manifests/dev.json" "$tests_read")" \
   $python -m manifests.corpus build "$corpus" "${where[@]}" --out "$manifests" --check
 if [ -n "$tokenizer" ]; then
   run_stage 2 tokenizer "$manifests/train.json" "$tokenizer/tokenizer.model" \
     $python -m manifests.tokenizer "$manifests/train.json" --out "$tokenizer"
 fi
-run_stage 3 "check and one batch" "$manifests/train.json $tokenizer" "$exp/check/doctor.html $exp/check/one_batch.json" \
-  check "${train[@]}"
+run_stage 3 "check and one batch" "$recipe" "$(lines "$exp/check/doctor.html" "$exp/check/one_batch.json")" check "${train[@]}"
 if [ "$stage" -le 4 ] && [ "$stop_stage" -ge 4 ]; then
-  if [ -f "$exp/.stages/4" ]; then  # a complete training would be gone on with, though its data are others now
-    anew=$force
-    for path in "$manifests/train.json" "$manifests/dev.json" $tokenizer; do [ ! "$path" -nt "$exp/.stages/4" ] || anew=true; done
-    if $anew; then echo "== stage 4: begins anew, $exp/checkpoints is removed"; rm -rf "$exp/checkpoints"; fi
+  anew=$force  # a complete training would be gone on with, though its data are others now
+  for path in "$manifests/train.json" "$manifests/dev.json" ${tokenizer:+"$tokenizer"}; do
+    if [ -f "$exp/.stages/4" ] && [ "$path" -nt "$exp/.stages/4" ]; then anew=true; fi
+  done
+  if $anew && [ -d "$exp/checkpoints" ]; then
+    kept=$exp/checkpoints.$(date +%Y%m%d-%H%M%S)
+    echo "== stage 4: begins anew; the old checkpoints are kept in $kept"
+    mv "$exp/checkpoints" "$kept"
   fi
   [ "$nodes" = 1 ] || fail "stage 4 on $nodes nodes is for the cluster to start, then come --stage 5 to 7 here:
   sbatch --nodes=$nodes --gpus-per-node=$gpus --ntasks-per-node=$gpus conf/trainer/train.sbatch $model $corpus \
-    exp_manager.explicit_log_dir=$exp ${tokenizer:+model.tokenizer.dir=$tokenizer }${overrides[*]-}"
+    ${settings[*]}"
 fi
-run_stage 4 train "$manifests/train.json $manifests/dev.json $tokenizer" "$exp/curve.csv" $python -m recipes.train "${train[@]}"
+run_stage 4 train "$(lines "$recipe" "$manifests/dev.json")" "$exp/curve.csv" $python -m recipes.train "${train[@]}"
 run_stage 5 average "$exp/.stages/4" "$exp/$model.nemo" $python -m recipes.average "$exp" --out "$exp/$model.nemo"
-run_stage 6 evaluate "$exp/$model.nemo" "$exp/evaluation/metrics.json" \
+run_stage 6 evaluate "$(lines "$exp/$model.nemo" "$tests_read")" "$exp/evaluation/metrics.json" \
   $python -m recipes.evaluate "model=$exp/$model.nemo" "manifests=$tests" "output=$exp/evaluation" pairs=0
-run_stage 7 report "$exp/evaluation/metrics.json $exp/curve.csv" "$exp/report.md $exp/curve.png" $python -m tools.report "$exp"
+run_stage 7 report "$(lines "$exp/evaluation/metrics.json" "$exp/curve.csv")" "$(lines "$exp/report.md" "$exp/curve.png")" \
+  $python -m tools.report "$exp"
 [ "$stop_stage" -lt 7 ] || cat "$exp/report.md"

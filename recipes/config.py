@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import difflib
 import inspect
+import sys
 from pathlib import Path
 
 from omegaconf import DictConfig, OmegaConf
@@ -69,8 +70,9 @@ def suggest(name: str, valid) -> str:
     return f"; did you mean {near[0]}?" if near else f"; valid: {', '.join(valid)}"
 
 
-def compose(config_name: str, overrides: list[str]) -> DictConfig:
-    """The recipe with its overrides, resolved groups and all, checked as far as the YAML alone allows.
+def compose(config_name: str, overrides: list[str], manifests: bool = True) -> DictConfig:
+    """The recipe with its overrides, resolved groups and all, checked as far as the YAML alone allows, and for whether
+    its `manifests` are there.
 
     Raises ConfigError for an unknown recipe, group option or key, a missing value or a pair that cannot be.
     """
@@ -109,7 +111,7 @@ def compose(config_name: str, overrides: list[str]) -> DictConfig:
         except HydraException as error:
             raise ConfigError(_first_line(error)) from None
     try:
-        check(cfg)
+        check(cfg, manifests)
     except (OmegaConfBaseException, TypeError, AttributeError) as error:
         raise ConfigError(f"the configuration does not hold together: {_first_line(error)}") from None
     return cfg
@@ -154,7 +156,7 @@ def _check_key(cfg: DictConfig, key: str) -> None:
         node = node[part]
 
 
-def check(cfg: DictConfig) -> None:
+def check(cfg: DictConfig, manifests: bool = True) -> None:
     """Missing values and impossible pairs. Raises ConfigError."""
     missing = sorted(key for key in OmegaConf.missing_keys(cfg) if key not in COMPUTED)
     if missing:
@@ -227,7 +229,7 @@ def check(cfg: DictConfig) -> None:
     for broken, message in rules:
         if broken:
             raise ConfigError(message)
-    for key in ("train_ds", "validation_ds"):
+    for key in ("train_ds", "validation_ds") if manifests else ():
         paths = cfg.model[key].get("manifest_filepath")
         if key == "train_ds" and shards:
             continue  # a pattern such as manifest__OP_0..240_CL_.json
@@ -312,3 +314,18 @@ def _arguments(built) -> set[str]:
         if not any(p.kind is p.VAR_KEYWORD for p in parameters.values()):
             break
     return names
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """`python -m recipes.config --config-name NAME KEY=VALUE...`: what is wrong with it, before there is any data."""
+    _, name, *overrides = sys.argv[1:] if arguments is None else arguments
+    try:
+        compose(name, overrides, manifests=False)
+    except ConfigError as error:
+        print(f"run.sh: {error}", file=sys.stderr)
+        return 2
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -6,6 +6,8 @@ Here the earlier configuration is held against the new one first, and what a kil
 
 from __future__ import annotations
 
+import fcntl
+import os
 import shutil
 import zipfile
 from pathlib import Path
@@ -23,6 +25,31 @@ FREE = (
 # Of these sections all the same: the data's name, the batch, the plan of the learning rate.
 KEPT = ("corpus.name", "training.global_batch_seconds", "trainer.max_steps", "trainer.gradient_clip_val")
 OURS = ("*.nemo", "average.json", "report.md", "curve.png")  # results that exp_manager would put aside
+
+
+def hold(folder: Path):
+    """The lock on a run's folder, an open file: free again when it is closed, or when the process ends in any way.
+
+    Two runs in one folder would take each other's checkpoints. Raises ConfigError where another process holds it.
+    """
+    (folder / ".lock").mkdir(exist_ok=True)  # a folder: exp_manager puts aside all files of an earlier sitting
+    lock = open(folder / ".lock" / "process", "a+")
+    try:
+        fcntl.lockf(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)  # of this process alone: workers that outlive it do not hold it
+    except (BlockingIOError, PermissionError):
+        lock.seek(0)
+        holder = lock.read().strip() or "unknown"
+        lock.close()
+        raise ConfigError(
+            f"{folder}: another training runs in this folder (process {holder}); wait for it, end it, or choose another "
+            "exp_manager.explicit_log_dir"
+        ) from None
+    except OSError:
+        return lock  # a file system without locks
+    lock.truncate(0)
+    lock.write(str(os.getpid()))
+    lock.flush()
+    return lock
 
 
 def last_checkpoint(folder: Path) -> Path | None:

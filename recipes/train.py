@@ -125,6 +125,7 @@ def fit(cfg):
         folder = Path(cfg.exp_manager.explicit_log_dir)
         folder.mkdir(parents=True, exist_ok=True)
     pl.seed_everything(cfg.seed, workers=True, verbose=False)
+    lock = resume.hold(folder) if is_global_rank_zero() else None  # held until this function returns  # noqa: F841
     if is_global_rank_zero():
         if left_out:
             print(left_out, flush=True)

@@ -4,6 +4,7 @@ import json
 import os
 import shutil
 import subprocess
+import time
 from pathlib import Path
 
 import pytest
@@ -41,6 +42,8 @@ def test_help_lists_options_and_stages():
         (["--nodes", "0"], ["--nodes 0"]),
         (["--nodes", "2", "--gpus", "0"], ["--nodes 2", "--gpus N"]),
         (["--model"], ["--model needs a value"]),
+        (["--stage", "5", "--stop-stage", "3"], ["--stage 5 --stop-stage 3"]),
+        (["--", "model.optim.lrr=1"], ["model.optim.lrr", "model.optim.lr?"]),
     ],
 )
 def test_what_cannot_be_is_one_line_with_the_valid_ones(arguments, words):
@@ -76,6 +79,115 @@ def checkout(tmp_path) -> Path:
         pytest.skip("the environment was not made by run.sh")
     (target / ".venv").symlink_to(ROOT / ".venv")
     return target
+
+
+STUB = r"""#!/usr/bin/env bash
+# In place of Python: makes what each stage writes, and tells of each call.
+echo "$*" >> calls.log
+value() { local v=${1#*=}; v=${v#\'}; v=${v%\'}; echo "${v//\\\'/\'}"; }
+case "$*" in
+  *"corpus tests"*) echo "[data/mini/test.json]" ;;
+  *"corpus fetch"*) mkdir -p data/mini_tree/LibriSpeech ;;
+  *"corpus build"*) mkdir -p data/mini; for name in train dev test; do [ -e data/mini/$name.json ] || echo x > data/mini/$name.json; done ;;
+  *"doctor check"*) mkdir -p "$(dirname "$5")"; touch "$7" ;;
+  *tools.ladder*) touch "$6" ;;
+  *recipes.train*)
+    for word in "$@"; do case "$word" in *explicit_log_dir=*) folder=$(value "$word") ;; esac; done
+    mkdir -p "$folder/checkpoints"; touch "$folder/checkpoints/last.ckpt" "$folder/curve.csv"
+    if [ -n "${SLOW:-}" ]; then
+      trap 'echo saved >> calls.log; exit 143' TERM
+      echo training >> calls.log
+      sleep 60 > /dev/null 2>&1 & wait
+    fi ;;
+  *recipes.average*) touch "${@: -1}" ;;
+  *recipes.evaluate*) for word in "$@"; do case "$word" in output=*) mkdir -p "${word#*=}"; touch "${word#*=}/metrics.json" ;; esac; done ;;
+  *tools.report*) touch "${@: -1}/report.md" "${@: -1}/curve.png" ;;
+esac
+"""
+
+
+@pytest.fixture
+def stages(tmp_path) -> Path:
+    """run.sh with a Python that does nothing but what the stages are asked to leave."""
+    target = tmp_path / "a checkout"
+    (target / ".venv" / "bin").mkdir(parents=True)
+    shutil.copytree(ROOT / "conf", target / "conf")
+    for name in ("run.sh", "requirements.lock", "requirements-torch.txt"):
+        shutil.copy(ROOT / name, target)
+    (target / ".venv" / "bin" / "python").write_text(STUB)
+    (target / ".venv" / "bin" / "python").chmod(0o755)
+    wanted = "cat requirements.lock requirements-torch.txt | cksum > .venv/.installed"
+    subprocess.run(["bash", "-c", wanted], cwd=target, check=True)
+    return target
+
+
+NUMBERS = "0 1 3 4 5 6 7".split()
+
+
+def done_stages(output: str) -> str:
+    return "".join(number for number in NUMBERS if f"== stage {number}: done" in output)
+
+
+@pytest.mark.parametrize("exp", ["exp/plain", "exp/with space", "exp/é=@(1)", "exp/it's"])
+def test_complete_stages_are_skipped_whatever_the_folder_is_called(stages, exp):
+    arguments = ["--gpus", "0", "--exp", exp]
+    first = run(*arguments, cwd=stages)
+    assert first.returncode == 0 and done_stages(first.stdout) == "0134567", first.stdout + first.stderr
+    second = run(*arguments, cwd=stages)
+    assert second.returncode == 0 and second.stdout.count("complete, skipped") == 7, second.stdout
+    assert (stages / exp / "checkpoints" / "last.ckpt").is_file()
+
+
+@pytest.mark.parametrize(
+    "changed, again",
+    [
+        ("conf/deepspeech2.yaml", "34567"),
+        ("conf/base.yaml", "34567"),
+        ("conf/conformer.yaml", ""),
+        ("data/mini/test.json", "67"),
+        ("data/mini/train.json", "34567"),
+        ("exp/deepspeech2_mini/deepspeech2.nemo", "67"),
+    ],
+)
+def test_what_reads_a_changed_file_is_done_again(stages, changed, again):
+    assert run("--gpus", "0", cwd=stages).returncode == 0
+    later = (stages / "exp/deepspeech2_mini/.stages/7").stat().st_mtime + 5
+    os.utime(stages / changed, (later, later))
+    done = run("--gpus", "0", cwd=stages)
+    # The file lies in the future, so that all that read it are done again at each start: the first is what counts.
+    assert done.returncode == 0 and done_stages(done.stdout) == again, done.stdout
+
+
+def test_a_missing_test_manifest_is_made_again(stages):
+    assert run("--gpus", "0", cwd=stages).returncode == 0
+    (stages / "data/mini/test.json").unlink()
+    assert "== stage 1: done" in run("--gpus", "0", cwd=stages).stdout
+
+
+def test_a_training_that_begins_anew_keeps_the_old_checkpoints(stages):
+    assert run("--gpus", "0", cwd=stages).returncode == 0
+    done = run("--gpus", "0", "--force", "--stage", "4", "--stop-stage", "4", cwd=stages)
+    kept = list((stages / "exp/deepspeech2_mini").glob("checkpoints.*/last.ckpt"))
+    assert len(kept) == 1 and str(kept[0].parent.relative_to(stages)) in done.stdout
+
+
+def test_relative_folders_are_those_of_the_caller(stages):
+    elsewhere = stages / "elsewhere"
+    elsewhere.mkdir()
+    done = subprocess.run(["../run.sh", "--gpus", "0", "--exp", "mine"], cwd=elsewhere, capture_output=True, text=True)
+    assert done.returncode == 0 and (elsewhere / "mine" / "report.md").is_file(), done.stderr
+
+
+def test_sigterm_reaches_the_training_which_saves_and_is_waited_for(stages):
+    process = subprocess.Popen(["./run.sh", "--gpus", "0"], cwd=stages, env={**os.environ, "SLOW": "1"},
+                               stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    calls = stages / "calls.log"
+    deadline = time.monotonic() + 60
+    while not (calls.is_file() and "training" in calls.read_text()) and time.monotonic() < deadline:
+        time.sleep(0.05)
+    process.terminate()
+    _, errors = process.communicate(timeout=30)
+    assert process.returncode == 143 and calls.read_text().endswith("saved\n") and "the same command goes on" in errors
 
 
 def test_all_stages_on_real_speech_then_nothing_to_do(checkout, librispeech_sample):

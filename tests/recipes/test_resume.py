@@ -1,6 +1,8 @@
 """What lies in a run's folder before training goes on in it."""
 
 import os
+import subprocess
+import sys
 import zipfile
 from pathlib import Path
 
@@ -9,6 +11,7 @@ from omegaconf import OmegaConf
 
 from recipes import resume
 from recipes.config import ConfigError
+from tests.conftest import ROOT
 
 CFG = {
     "name": "deepspeech2", "seed": 1, "init_from": None, "resume_with_changes": False,
@@ -98,3 +101,19 @@ def test_results_are_put_back_and_newer_ones_stay(run):
     resume.put_back(run)
     assert (run / "deepspeech2.nemo").read_text() == "earlier" and (run / "average.json").read_text() == "now"
     assert not (run / "cmd-args.log").exists()
+
+
+def test_two_runs_cannot_have_one_folder(tmp_path):
+    code = (
+        "import sys, time; from pathlib import Path; from recipes import resume; lock = resume.hold(Path(sys.argv[1])); "
+        "print('held', flush=True); time.sleep(600)"
+    )
+    holder = subprocess.Popen([sys.executable, "-c", code, str(tmp_path)], cwd=ROOT, stdout=subprocess.PIPE, text=True)
+    try:
+        assert holder.stdout.readline() == "held\n"
+        with pytest.raises(ConfigError, match=f"process {holder.pid}.*explicit_log_dir"):
+            resume.hold(tmp_path)
+    finally:
+        holder.kill()
+        holder.wait()
+    resume.hold(tmp_path).close()  # free again after kill -9
