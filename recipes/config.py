@@ -32,7 +32,6 @@ def cpu_precision() -> str:
 OmegaConf.register_new_resolver("cpu_precision", cpu_precision, replace=True)
 OmegaConf.register_new_resolver("len", lambda items: len(items), replace=True)
 OmegaConf.register_new_resolver("at_least", max, replace=True)
-OmegaConf.register_new_resolver("at_most", min, replace=True)
 OmegaConf.register_new_resolver("middle_block", lambda blocks: max((blocks - 1) // 2, 0), replace=True)  # from 0
 
 
