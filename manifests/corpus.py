@@ -124,12 +124,23 @@ def _fill_empty(splits: dict[str, list[dict]]) -> None:
 
 
 def check(out: Path, splits: list[str]) -> int:
-    """Validates the manifests of all splits, train against the others; prints the table, returns the exit status."""
+    """Validates the manifests of all splits, train against the others; prints the table, returns the exit status.
+
+    The report is saved as JSON in .stages beside the folder `out`, where `run.sh` has its stamps: in the folder itself
+    there are manifests alone.
+    """
     from manifests.validate import validate
 
     others = [out / f"{split}.json" for split in splits if split != "train"]
     report = validate(train=[out / "train.json"], test=others, audio=True)
     print(report.text())
+    folder = out.resolve()
+    saved = folder.parent / ".stages" / f"{folder.name}.json"
+    try:
+        report.save(saved)
+        print(f"\nfigures, vocabulary and all findings: {saved}")
+    except OSError as error:  # the manifests are written and checked all the same
+        print(f"warning: {saved}: the report cannot be saved: {error.strerror or error}", file=sys.stderr)
     return report.exit_code
 
 

@@ -7,6 +7,7 @@ The table is CSV or TSV, with a header that names a column of paths (path, audio
 transcript, sentence, ...), or with two columns and no header; or JSON, an array or lines of objects with those names.
 Paths are relative to the table's folder (or to --audio-dir). Durations and sampling rates come from the audio's own
 headers, text is normalised as everywhere in this project, and a speaker or id column is kept where there is one.
+Punctuation but apostrophes is dropped, since the recipes' labels have none; --keep-punctuation is for other labels.
 
 With --split, --out is a folder for train.json, dev.json and test.json; the share given goes to each of the last two.
 Which utterance goes where hangs on a hash of its text, so that no sentence is in two of them and each stays where it
@@ -19,7 +20,7 @@ import os
 import sys
 import unicodedata
 from collections import Counter
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -32,23 +33,18 @@ MAX_SHOWN = 20  # bad rows
 
 
 def strip_punctuation(text: str) -> str:
-    """Hyphens and dashes as spaces, other punctuation and symbols gone, apostrophes kept; of normalised text."""
-    kept = []
-    for char in text:
-        category = unicodedata.category(char)
-        if category == "Pd":
-            kept.append(" ")
-        elif char == "'" or category[0] not in "PS":
-            kept.append(char)
+    """Punctuation and symbols gone, apostrophes kept; of normalised text. What they parted stays apart ("and/or")."""
+    kept = [char if char == "'" or unicodedata.category(char)[0] not in "PS" else " " for char in text]
     return " ".join("".join(kept).split())
 
 
 def build_rows(
     table: str | os.PathLike,
     audio_dir: str | os.PathLike | None = None,
-    punctuation: bool = True,
+    punctuation: bool = False,
     skip_bad: bool = False,
     progress: bool = False,
+    on_stripped: Callable[[str, str], None] | None = None,
 ) -> tuple[list[dict[str, Any]], list[str]]:
     """Manifest rows of a table, in its order, and its bad rows as messages that start with `file:line:`.
 
@@ -58,6 +54,7 @@ def build_rows(
         punctuation: keep it in the text.
         skip_bad: leave bad rows out instead of raising.
         progress: show a bar on a terminal.
+        on_stripped: told (text before, text) of each row whose text lost punctuation.
 
     Raises:
         TableError: the table cannot be read, or has bad rows (up to 20 are listed), or no good one.
@@ -77,6 +74,8 @@ def build_rows(
             if first != entry.line:
                 raise TableError(f"audio {row['audio_filepath']} stands on line {first} already: remove one of them")
             rows.append(row)
+            if on_stripped is not None and (whole := normalize(entry.text)) != row["text"]:
+                on_stripped(whole, row["text"])
         except (TableError, AudioError) as error:
             problems.append(f"{table}:{entry.line}: {error}")
     if problems and not skip_bad or not rows:
@@ -161,7 +160,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--split", metavar="SHARE", type=float, help="share of dev, and of test, such as 0.1")
     parser.add_argument("--split-by", choices=("text", "speaker"), default="text", help="what no two splits share")
     parser.add_argument("--audio-dir", metavar="DIR", help="what paths are relative to (default: the table's folder)")
-    parser.add_argument("--strip-punctuation", action="store_true", help="drop all punctuation but apostrophes")
+    parser.add_argument("--keep-punctuation", action="store_true", help="for labels of your own that hold it")
     parser.add_argument("--skip-bad", action="store_true", help="leave bad rows out, and say which")
     args = parser.parse_args(argv)
     # Texts and file names can hold what a terminal's encoding cannot.
@@ -172,8 +171,15 @@ def main(argv: Sequence[str] | None = None) -> int:
             raise TableError(f"--out {args.out}: is a folder: name the manifest, as in {args.out / 'train.json'}")
         if args.split is not None and args.out.suffix == ".json":
             raise TableError(f"--out {args.out}: names a file: with --split name a folder for the three")
-        punctuation = not args.strip_punctuation
-        rows, problems = build_rows(args.table, args.audio_dir, punctuation, args.skip_bad, progress=True)
+        splits = ("train", "dev", "test")
+        for path in [args.out] if args.split is None else [args.out / f"{name}.json" for name in splits]:
+            if path.exists() and os.path.exists(args.table) and path.samefile(args.table):
+                raise TableError(f"--out {args.out}: would replace the table {args.table}: name another place")
+        stripped: list[tuple[str, str]] = []
+        rows, problems = build_rows(
+            args.table, args.audio_dir, args.keep_punctuation, args.skip_bad, progress=True,
+            on_stripped=lambda *texts: stripped.append(texts),
+        )
         if args.split is None:
             files = {args.out: rows}
         else:
@@ -192,12 +198,16 @@ def main(argv: Sequence[str] | None = None) -> int:
     for rate, count in Counter(row["sampling_rate"] for row in rows).most_common():
         if rate != 16000:
             print(f"note: {count} files have {rate} Hz; they are resampled to the recipe's rate as they are read")
+    if stripped:
+        before, after = map(show, min(stripped, key=lambda texts: len(texts[0])))
+        count = f"{len(stripped)} of {len(rows)} texts"
+        print(f"note: {count} lost punctuation, which --keep-punctuation keeps: {before} is now {after}")
     if outside := outside_labels(rows):
         shown = " ".join(f"{show(char)}:{count}" for char, count in outside.most_common(20))
-        hint = "spell them out"
-        if not args.strip_punctuation:
-            hint = "--strip-punctuation drops punctuation, spell out the rest"
-        print(f"warning: characters that the default labels lack, which NeMo drops: {shown}: {hint}", file=sys.stderr)
+        first = show(next(row["text"] for row in rows if outside.keys() & row["text"]))
+        hint = "leave --keep-punctuation out, spell out the rest" if args.keep_punctuation else "spell them out"
+        print(f"warning: characters outside the default labels, with which training refuses a text: {shown}, first in "
+              f"{first}: {hint}", file=sys.stderr)
     return 0
 
 

@@ -155,14 +155,15 @@ class Report:
         return whole
 
     def to_dict(self) -> dict[str, Any]:
-        """Everything, findings complete, for JSON."""
+        """Everything, findings complete, for JSON; the words of all files with their counts are in the total."""
+        total = self.total()
         return {
             "ok": self.ok,
             "errors": len(self.errors),
             "warnings": len(self.warnings),
             "counts": dict(Counter(finding.code for finding in self.findings)),
             "files": [file.to_dict() for file in self.files],
-            "total": self.total().to_dict(),
+            "total": {**total.to_dict(), "vocabulary": dict(total.words.most_common())},
             "outside_labels": self.outside,
             "frames_per_second": self.frames_per_second,
             "findings": [finding._asdict() for finding in self.findings],

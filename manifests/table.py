@@ -67,8 +67,7 @@ def _column(names: Sequence[str], wanted: Sequence[str]) -> int | None:
 
 
 def _read_csv(path: Path, text: str, tabs: bool) -> Iterator[Entry]:
-    first = text.partition("\n")[0]
-    separator = "\t" if tabs else max(",;\t|", key=first.count)
+    separator = "\t" if tabs else _separator(text)
     # In TSV, as Common Voice has it, a quotation mark is a character like others.
     quoting = csv.QUOTE_NONE if separator == "\t" else csv.QUOTE_MINIMAL
     reader = csv.reader(io.StringIO(text, newline=""), delimiter=separator, quoting=quoting, strict=True)
@@ -92,6 +91,24 @@ def _read_csv(path: Path, text: str, tabs: bool) -> Iterator[Entry]:
             yield Entry(start, *(None if column is None else row[column] for column in columns))
     except csv.Error as error:
         raise TableError(f"{path}:{reader.line_num}: is not CSV ({error}): mend its quotation marks") from error
+
+
+def _separator(text: str) -> str:
+    """The separator of a CSV file, by its first row: a text there may hold more of another kind.
+
+    The one under which most columns of a header are found, else one that gives two cells, else the commonest.
+    """
+    found: dict[str, tuple[int, bool, int]] = {}
+    for separator in ",;\t|":
+        reader = csv.reader(io.StringIO(text, newline=""), delimiter=separator)
+        try:
+            row = next((row for row in reader if any(cell.strip() for cell in row)), [])
+        except csv.Error:
+            row = []
+        names = [cell.strip().lower() for cell in row]
+        columns = sum(_column(names, wanted) is not None for wanted in (AUDIO_NAMES, TEXT_NAMES))
+        found[separator] = columns, len(row) == 2, text.partition("\n")[0].count(separator)
+    return max(found, key=found.__getitem__)
 
 
 def _columns(path: Path, line: int, row: list[str]) -> list[int | None]:
@@ -120,7 +137,13 @@ def _json_items(path: Path, text: str) -> Iterator[tuple[int, Any]]:
         while at < len(text) and text[at] in blanks:
             at += 1
         line, counted = line + text.count("\n", counted, at), at
-        if array and text[at : at + 1] == "]" or not array and at == len(text):
+        if not array and at == len(text):
+            break
+        if array and text[at : at + 1] == "]":
+            rest = text[at + 1 :].lstrip(blanks)
+            if rest:
+                line += text.count("\n", at, len(text) - len(rest))
+                raise TableError(f"{path}:{line}: {show(rest)} follows the array: remove it, or put it inside")
             break
         if array and not first:
             if text[at : at + 1] != ",":

@@ -73,6 +73,9 @@ def main(argv: list[str] | None = None) -> int:
     except ManifestError as error:
         print(f"error: {error}", file=sys.stderr)
         return 1
+    except OSError as error:
+        print(f"error: --out {args.out}: cannot be written: {error.strerror or error}", file=sys.stderr)
+        return 1
     print(f"{args.out}: {size} tokens")
     return 0
 

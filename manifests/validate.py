@@ -7,6 +7,8 @@ Every line is checked for what NeMo would refuse late or, worse, take without a 
 types, durations that are none, missing audio, empty text, characters that the labels lack (NeMo drops them), the same
 audio twice, in training and test as well, speech too fast or slow to be true, and texts longer than CTC can align.
 With --audio each file's header is opened too: duration, sampling rate, channels, and whether the file is whole.
+A name with train in it, or with dev, test, eval or valid, says what a manifest is for; of other names --train and
+--test do. Audio or an id that training and test share is an error, between manifests of unknown use a warning.
 
 Exit code: 0 nothing or warnings, 1 errors, 2 a manifest that cannot be read.
 """
@@ -25,10 +27,13 @@ from manifests.audio import AudioError, read_header
 from manifests.report import FileSummary, Finding, Report
 from manifests.schema import LABELS, Line, ManifestError, resolve_audio, scan_manifest, show
 from manifests.shards_format import is_sharded
+from manifests.text import normalize
 
 DURATION_TOLERANCE = 0.01  # seconds: what rounding to two decimals may do
 SHORTEST = 0.1  # seconds
 FASTEST = 40.0  # characters a second: nobody speaks at twice the rate of an auctioneer
+TRAIN_NAMES = {"train", "training"}
+TEST_NAMES = {"dev", "test", "eval", "val", "valid", "validation"}
 _REPEATS = re.compile(r"(.)(?=\1)", re.DOTALL)
 
 PathLike = str | os.PathLike
@@ -37,6 +42,13 @@ PathLike = str | os.PathLike
 def ctc_frames_needed(text: str) -> int:
     """Output frames that CTC takes to emit `text` by characters: one each, and a blank between two of the same."""
     return len(text) + len(_REPEATS.findall(text))
+
+
+def role_by_name(path: PathLike) -> str:
+    """"train" or "test" (dev, eval, valid as well) by the words of a manifest's file name; "" for neither or both."""
+    words = set(re.split("[^a-z]+", os.path.splitext(os.path.basename(path))[0].lower()))
+    train, test = bool(words & TRAIN_NAMES), bool(words & TEST_NAMES)
+    return "" if train == test else "train" if train else "test"
 
 
 def validate(
@@ -53,7 +65,7 @@ def validate(
     """Check manifests, one by one and against each other.
 
     Args:
-        paths: manifests with no role; what two of them share is a warning.
+        paths: manifests whose role their names tell (role_by_name), or none: what two such share is a warning.
         labels: characters the model can write; None (BPE) skips that check.
         audio: open every audio file's header.
         train, test: manifests by role; audio or ids that both hold are errors.
@@ -73,6 +85,7 @@ def validate(
             if role and roles.get(path, role) not in ("", role):
                 raise ValueError(f"{path}: given both as train and as test: one manifest cannot be both")
             roles[path] = role or roles.get(path, "")
+    roles = {path: role or role_by_name(path) for path, role in roles.items()}
     for path in roles:
         checker.check_file(path)
     checker.check_shared(roles)
@@ -165,7 +178,7 @@ class _Checker:
             message = f"text is {show(text)}: drop the line or give its words"
             self.add("error", "empty_text", number, message, show(text))
             return
-        self.seen["text"][self.path].setdefault(text, number)
+        self.seen["text"][self.path].setdefault(normalize(text), number)
         summary.characters.update(text)
         summary.words.update(text.split())
         if text != " ".join(text.split()):

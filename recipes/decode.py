@@ -147,7 +147,8 @@ class Decoder:
         on_audio: told the seconds of audio done, after each batch, in this thread.
         on_error: told (row index, error) of audio that cannot be read; without it the first one is raised.
 
-    After `run`: `texts` (None where not read), `seconds` (wall), `short` (indices of rows too short to decode).
+    After `run`: `texts` (None where not read), `seconds` (wall), `short` (indices of rows too short to decode),
+    `audio_seconds` (of each row, by the samples read: a manifest's durations may be wrong).
     """
 
     def __init__(self, model, rows: list[dict], *, read: Callable = read_audio, batch_seconds: float | None = None,
@@ -171,6 +172,7 @@ class Decoder:
         self.min_samples = 2 * int(getattr(featurizer, "hop_length", self.sample_rate // 100))
         self.texts: list[str | None] = [None] * len(rows)
         self.short: list[int] = []
+        self.audio_seconds = [0.0] * len(rows)
         self.seconds = 0.0
         self._longest = 0
         self._lock = threading.Lock()
@@ -240,11 +242,14 @@ class Decoder:
         for i in group:
             try:
                 samples = self.read(self.rows[i], self.sample_rate)
+                if not np.isfinite(samples).all():
+                    raise RuntimeError(f"{self.rows[i]['audio_filepath']}: holds samples that are not finite")
             except RuntimeError as error:
                 if self.on_error is None:
                     raise AudioError(i, error) from error
                 self.on_error(i, error)
                 continue
+            self.audio_seconds[i] = len(samples) / self.sample_rate
             if len(samples) < self.min_samples:
                 with self._lock:
                     self.short.append(i)

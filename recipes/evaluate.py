@@ -29,6 +29,7 @@ NORMALISATION = (
     "references and hypotheses alike: lower case, Unicode NFKC, every kind of apostrophe as ', white space collapsed "
     "(manifests.text.normalize)"
 )
+DURATION_TOLERANCE = 0.01  # seconds, as in manifests.validate
 INTERVAL = "95 % bootstrap over utterances, 1000 draws, seed 0"
 
 
@@ -126,8 +127,9 @@ def evaluate_model(model, manifests, *, output=None, names=None, batch_seconds: 
 
     Returns a dict: `manifests` (a list of results in order), `overall`, and how they were measured. A result has
     `wer`, `cer` (0 to above 1, None without text), `wer_interval` (low, high), `words` and `characters`
-    (substitutions, deletions, insertions, reference), `utterances`, `hours`, `seconds` (wall, without loading the
-    model) and `real_time_factor` (seconds per second of audio).
+    (substitutions, deletions, insertions, reference), `utterances`, `hours` (of the audio read, whatever the manifest
+    says), `seconds` (wall, without loading the model), `real_time_factor` (seconds per second of audio),
+    `durations_off` (how many the manifest has wrong) and `duration_off` (the first of them, in words, or None).
 
     Raises ManifestError for a manifest or audio that cannot be used, UsageError for names.
     """
@@ -137,7 +139,7 @@ def evaluate_model(model, manifests, *, output=None, names=None, batch_seconds: 
 
     ready = isinstance(manifests, list) and all(isinstance(one, EvaluationSet) for one in manifests)
     sets = manifests if ready else read_sets(manifests, names)
-    results, texts = [], []
+    results, texts, heard = [], [], []
     total = round(sum(one.seconds for one in sets))
     shown = {"unit": "s", "unit_scale": True, "desc": "seconds of audio", "leave": False, "disable": not progress}
     with tqdm(total=total, **shown) as bar:
@@ -148,8 +150,9 @@ def evaluate_model(model, manifests, *, output=None, names=None, batch_seconds: 
                 hypotheses = decoder.run()
             except AudioError as error:
                 raise ManifestError(f"{one.path}:{one.lines[error.index]}: {error}") from error
-            results.append({**_result(one, hypotheses, decoder.seconds), "too_short": len(decoder.short)})
+            results.append({**_result(one, hypotheses, decoder), "too_short": len(decoder.short)})
             texts.append(hypotheses)
+            heard.append(sum(decoder.audio_seconds))
     metrics = {
         "model": str(Path(model_path).resolve()) if model_path else None,
         "model_class": f"{type(model).__module__}.{type(model).__qualname__}",
@@ -159,7 +162,7 @@ def evaluate_model(model, manifests, *, output=None, names=None, batch_seconds: 
         "normalisation": NORMALISATION,
         "interval": INTERVAL,
         "manifests": results,
-        "overall": _overall(sets, texts, results),
+        "overall": _overall(sets, texts, results, sum(heard)),
     }
     if output is not None:
         folder = Path(output)
@@ -177,18 +180,27 @@ def evaluate_model(model, manifests, *, output=None, names=None, batch_seconds: 
     return metrics
 
 
-def _result(one: EvaluationSet, hypotheses: list[str], seconds: float) -> dict:
+def _result(one: EvaluationSet, hypotheses: list[str], decoder) -> dict:
     scores = _scores([row["text"] for row in one.rows] if one.has_text else None, hypotheses)
-    return {"name": one.name, "manifest": str(one.path.resolve()), **scores, **_cost(one.seconds, seconds)}
+    cost = _cost(sum(decoder.audio_seconds), decoder.seconds)
+    wrong = [i for i, (row, seconds) in enumerate(zip(one.rows, decoder.audio_seconds))
+             if abs(row["duration"] - seconds) > DURATION_TOLERANCE]
+    first = None
+    if wrong:
+        i = wrong[0]
+        said, read = one.rows[i]["duration"], decoder.audio_seconds[i]
+        first = f"{one.path}:{one.lines[i]} says {said} s of {read:.3f} s"
+    return {"name": one.name, "manifest": str(one.path.resolve()), **scores, **cost, "durations_off": len(wrong),
+            "duration_off": first}
 
 
-def _overall(sets: list[EvaluationSet], texts: list[list[str]], results: list[dict]) -> dict:
+def _overall(sets: list[EvaluationSet], texts: list[list[str]], results: list[dict], heard: float) -> dict:
     with_text = [(one, hypotheses) for one, hypotheses in zip(sets, texts) if one.has_text]
     references = [row["text"] for one, _ in with_text for row in one.rows] if with_text else None
     scores = _scores(references, [text for _, hypotheses in with_text or zip(sets, texts) for text in hypotheses])
     scores["utterances"] = sum(len(one.rows) for one in sets)
     scores["empty_hypotheses"] = sum(result["empty_hypotheses"] for result in results)
-    return {**scores, **_cost(sum(one.seconds for one in sets), sum(result["seconds"] for result in results))}
+    return {**scores, **_cost(heard, sum(result["seconds"] for result in results))}
 
 
 def _scores(references: list[str] | None, hypotheses: list[str]) -> dict:
@@ -212,7 +224,7 @@ def _cost(audio_seconds: float, seconds: float) -> dict:
     return {
         "hours": audio_seconds / 3600,
         "seconds": round(seconds, 3),
-        "real_time_factor": seconds / audio_seconds,
+        "real_time_factor": seconds / max(audio_seconds, 1e-9),
     }
 
 
@@ -253,6 +265,9 @@ def report(metrics: dict, pairs: int = 5) -> str:
     lines = [table(metrics), f"normalisation: {metrics['normalisation']}"]
     for result in metrics["manifests"]:
         name, count = result["name"], result["utterances"]
+        if result["durations_off"]:
+            lines.append(f"{name}: {result['durations_off']} of {count} durations are off by more than "
+                         f"{DURATION_TOLERANCE} s, {result['duration_off']}; hours and speed are by the audio")
         if result["too_short"]:
             lines.append(f"{name}: {result['too_short']} utterances under two feature frames: empty hypothesis")
         if result["empty_hypotheses"]:

@@ -3,8 +3,8 @@
     python recipes/transcribe.py model=x.nemo audio=[file.wav,folder] [output=out.json|out.txt]
 
 Prints `path<TAB>text` lines, or saves them (.txt), or saves a manifest with `pred_text` (.json). Reads wav, flac, mp3,
-ogg and opus of any sample rate; several channels are averaged. A folder is searched with its subfolders. What cannot be
-read is reported, the rest is transcribed, and the exit status is 1.
+ogg and opus of any sample rate; several channels are averaged. A folder is searched with its subfolders; hidden files
+and folders (.name) are left out. What cannot be read is reported, the rest is transcribed, and the exit status is 1.
 """
 
 from __future__ import annotations
@@ -47,12 +47,18 @@ def note(message: str) -> None:
 
 
 def find_audio(paths: list[Path]) -> tuple[list[Path], list[str]]:
-    """(files, problems): the files as given, and those of folders sorted by path; each file once."""
+    """(files, problems): the files as given, and those of folders sorted by path but for hidden ones; each file once.
+
+    A Mac leaves files beside the audio that have its suffix and hold none (._a.flac).
+    """
     files: dict[Path, None] = {}
     problems = []
     for path in paths:
         if path.is_dir():
-            inside = sorted(p for p in path.rglob("*") if p.suffix.lower() in SUFFIXES and p.is_file())
+            inside = sorted(
+                p for p in path.rglob("*") if p.suffix.lower() in SUFFIXES and p.is_file()
+                and not any(part.startswith(".") for part in p.relative_to(path).parts)
+            )
             if not inside:
                 problems.append(f"{path}: no audio in this folder ({', '.join(SUFFIXES)})")
             files.update(dict.fromkeys(inside))
@@ -61,6 +67,14 @@ def find_audio(paths: list[Path]) -> tuple[list[Path], list[str]]:
         else:
             problems.append(f"{path}: no such file or folder")
     return list(files), problems
+
+
+def plain_path(argument: str) -> str:
+    """`audio=[x].flac` as a list of that one path where it is there: its brackets are no list of YAML's then."""
+    key, _, value = argument.partition("=")
+    if key != "audio" or not value.startswith("[") or not os.path.exists(value):
+        return argument
+    return "audio=['{}']".format(value.replace("'", "''"))
 
 
 def probe(path: Path) -> dict:
@@ -78,7 +92,6 @@ def probe(path: Path) -> dict:
 
 def read_mono(row: dict, sample_rate: int):
     """Float32 samples of a whole file at `sample_rate`, channels averaged. Raises RuntimeError naming the file."""
-    import numpy as np
     import soundfile
     import soxr
 
@@ -87,8 +100,6 @@ def read_mono(row: dict, sample_rate: int):
     except Exception as error:
         raise RuntimeError(f"{row['audio_filepath']}: not readable as audio ({error})") from error
     samples = samples[:, 0] if samples.shape[1] == 1 else samples.mean(axis=1)
-    if not np.isfinite(samples).all():
-        raise RuntimeError(f"{row['audio_filepath']}: holds samples that are not finite")
     return samples if rate == sample_rate else soxr.resample(samples, rate, sample_rate)
 
 
@@ -141,7 +152,8 @@ def save(path: Path, rows: list[dict]) -> None:
 def main(arguments: list[str] | None = None) -> int:
     """Transcribes; returns the exit status: 0, or 1 where some file could not be read."""
     try:
-        options = parse(Options, list(sys.argv[1:] if arguments is None else arguments), __doc__)
+        given = [plain_path(argument) for argument in (sys.argv[1:] if arguments is None else arguments)]
+        options = parse(Options, given, __doc__)
         positive("batch_seconds", options.batch_seconds)
         positive("num_workers", options.num_workers)
         model_path = existing_model(options.model)

@@ -1,5 +1,7 @@
 """A corpus by its name: what its YAML names is fetched, by way of a server that does everything wrong once."""
 
+import json
+
 import pytest
 
 from manifests import corpus
@@ -35,6 +37,27 @@ def test_a_tree_that_is_there_in_part_is_left_alone(server, tiny, tmp_path, caps
     (tmp_path / "mine" / "tiny").mkdir(parents=True)
     assert corpus.fetch("tiny", tmp_path / "mine", server.url) == tmp_path / "mine"
     assert "existing tree with tiny; not there: dev-clean" in capsys.readouterr().out and server.requests == []
+
+
+@pytest.mark.parametrize("writable", [True, False])
+def test_the_report_of_a_check_is_saved_beside_no_manifest(librispeech_sample, tiny, tmp_path, capsys, writable):
+    (corpus.CONF / "tiny.yaml").write_text(
+        "name: tiny\nsource: librispeech\nroot: x\n"
+        "splits: {train: {subsets: [train-clean-100]}, dev: {subsets: [train-clean-5]}}\n")
+    out = tmp_path / "manifests" / "mine"
+    saved = tmp_path / "manifests" / ".stages" / "mine.json"
+    if not writable:
+        out.parent.mkdir()
+        saved.parent.write_text("in the way")
+    assert corpus.main(["build", "tiny", "--data", str(librispeech_sample), "--out", str(out), "--check"]) == 0
+    told = capsys.readouterr()
+    assert sorted(path.name for path in out.iterdir()) == ["dev.json", "train.json"]
+    if writable:
+        report = json.loads(saved.read_text())
+        assert report["ok"] and report["total"]["utterances"] == 83 and report["total"]["vocabulary"]["the"] > 10
+        assert str(saved) in told.out and told.err == ""
+    else:
+        assert told.err.startswith(f"warning: {saved}: the report cannot be saved: ") and told.err.count("\n") == 1
 
 
 def test_what_cannot_be_fetched_is_one_line(server, tiny, capsys):  # noqa: F811

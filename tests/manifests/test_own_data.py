@@ -16,6 +16,7 @@ from manifests.own_data import build_rows, main, split_rows, strip_punctuation
 from manifests.schema import LABELS, read_manifest
 from manifests.table import TableError, read_table
 from manifests.text import normalize
+from manifests.validate import main as check
 from manifests.validate import validate
 
 # The machine may be busy: how long an example takes says nothing.
@@ -44,12 +45,14 @@ def table(folder: Path, name: str, text: str | bytes) -> Path:
     return path
 
 
-EXPECTED = [("wavs/a.wav", 1.5, 16000, "hello there, you"), ("wavs/b.flac", 2.0, 16000, "it's me")]
+EXPECTED = [("wavs/a.wav", 1.5, 16000, "hello there you"), ("wavs/b.flac", 2.0, 16000, "it's me")]
 FORMS = {
     "csv.csv": 'path,sentence\nwavs/a.wav,"Hello there, you"\nwavs/b.flac,It\u2019s  me\n',
     "order.csv": 'id,Transcript,age,Audio\n1,"Hello there, you",9,wavs/a.wav\n2,It\'s me,8,wavs/b.flac\n',
     "crlf_and_mark.csv": '\ufefffile,text\r\nwavs/a.wav,"Hello there, you"\r\n\r\nwavs/b.flac,It\'s me\r\n',
     "semicolons.csv": "path;text\nwavs/a.wav;Hello there, you\nwavs/b.flac;It's me\n",
+    "semicolons_in_names.csv": "path,text,a;b;c\nwavs/a.wav,Hello there; you,1\nwavs/b.flac,It's me,2\n",
+    "semicolons_no_header.csv": "wavs/a.wav,Hello; there; you\nwavs/b.flac,It's me\n",
     "no_header.csv": 'wavs/a.wav,"Hello there, you"\nwavs/b.flac,It\'s me',
     "quoted_newline.csv": 'path,text\nwavs/a.wav,"Hello there,\nyou"\nwavs/b.flac,It\'s me\n',
     "deepspeech.csv": "wav_filename,wav_filesize,transcript\n"
@@ -81,7 +84,7 @@ def test_speakers_and_ids_are_kept(folder):
 
 def test_quotation_marks_in_tsv_are_characters(folder):
     path = table(folder, "x.tsv", 'path\tsentence\nwavs/a.wav\t"Hi" he said\nwavs/b.flac\t5" wide\n')
-    assert [row["text"] for row in build_rows(path)[0]] == ['"hi" he said', '5" wide']
+    assert [row["text"] for row in build_rows(path, punctuation=True)[0]] == ['"hi" he said', '5" wide']
 
 
 def test_paths_are_relative_to_the_table_or_to_a_folder_given(folder, tmp_path, monkeypatch):
@@ -99,6 +102,7 @@ BAD_TABLES = {
     "header only": ("x.csv", "path,text\n", "x.csv:1: holds no rows"),
     "no text column": ("x.csv", "path,age,x\na,1,2\n", "x.csv:1: no column of texts in ['path', 'age', 'x']"),
     "no path column": ("x.csv", "who,text\na,b\n", "x.csv:1: no column of paths"),
+    "bar in a name": ("x.csv", "path,age,x|y\na,1,2\n", "x.csv:1: no column of texts in ['path', 'age', 'x|y']"),
     "one column": ("x.csv", "hello\n", "x.csv:1: no column of paths"),
     "three without header": ("x.csv", "a.wav,b,c\n", "x.csv:1: no column of paths"),
     "comma in text": ("x.csv", "path,text\na.wav,hi, you\n", "x.csv:2: has 3 cells where 2 are expected"),
@@ -111,6 +115,8 @@ BAD_TABLES = {
     "cut array": ("x.json", '[{"path": "a", "text": "b"},\n', "x.json:2: is not JSON"),
     "no comma": ("x.json", '[{"path": "a", "text": "b"}\n{"path": "a"}]', "x.json:2: is not JSON, a comma"),
     "cut line": ("x.jsonl", '{"path": "a", "text": "b"}\n{"path": "a", "te', "x.jsonl:2: is not JSON"),
+    "after array": ("x.json", '[{"path": "a", "text": "b"}]\n\nand more', "x.json:3: 'and more' follows the array"),
+    "two arrays": ("x.json", '[{"path": "a", "text": "b"}] [{}]', "x.json:1: '[{}]' follows the array"),
     "empty json": ("x.json", "[]", "x.json:1: holds no rows"),
     "not objects": ("x.json", '[{"path": "a", "text": "b"},\n\n["a", "b"]]', "x.json:3: is ['a', 'b'], not an object"),
     "no text field": ("x.json", '{"path": "a", "words": "b"}', "x.json:1: no 'text' in"),
@@ -178,18 +184,40 @@ def test_characters_outside_the_labels_and_other_rates_are_told(folder, capsys):
     path = table(folder, "x.csv", 'path,text\nwavs/a.wav,"Well, 2 it\'s - well-known!"\nwavs/c.wav,\u201cyes\u201d\n')
     out = folder / "m.json"
     assert main([str(path), "--out", str(out)]) == 0
-    told = capsys.readouterr()
-    assert "'-':2" in told.err and "'2':1" in told.err and "--strip-punctuation" in told.err
-    assert "1 files have 8000 Hz" in told.out
-    assert main([str(path), "--out", str(out), "--strip-punctuation"]) == 0
     assert [row["text"] for row in read_manifest(out)] == ["well 2 it's well known", "yes"]
-    assert "'2':1: spell them out" in capsys.readouterr().err
+    told = capsys.readouterr()
+    assert "training refuses a text: '2':1, first in \"well 2 it's well known\": spell them out" in told.err
+    assert "1 files have 8000 Hz" in told.out
+    assert "2 of 2 texts lost punctuation, " in told.out and ": '\u201cyes\u201d' is now 'yes'\n" in told.out
+    assert main([str(path), "--out", str(out), "--keep-punctuation"]) == 0
+    assert [row["text"] for row in read_manifest(out)] == ["well, 2 it's - well-known!", "\u201cyes\u201d"]
+    told = capsys.readouterr()
+    assert "'-':2" in told.err and "leave --keep-punctuation out" in told.err and "lost" not in told.out
+
+
+def test_written_language_becomes_what_the_validator_and_training_take(folder, capsys):
+    """The first two lines of the README's section, on texts as people write them."""
+    from recipes.data import CharEncoder
+
+    said = ["Hello, there!", "Yes/no?", "Wait...what", "\u201cNo\u201d \u2014 he said", "It\u2019s me"]
+    for n, words in enumerate(said):
+        noise = np.random.default_rng(n).normal(scale=0.1, size=32000)
+        soundfile.write(folder / f"{n}.wav", noise, 16000)
+        with open(folder / "recordings.csv", "a", encoding="utf-8") as file:
+            file.write(("" if n else "path,text\n") + f'{n}.wav,"{words}"\n')
+    out = folder / "mine"
+    assert main([str(folder / "recordings.csv"), "--out", str(out), "--split", "0.1"]) == 0
+    assert capsys.readouterr().err.count("warning") == 0
+    assert check(["--train", f"{out}/train.json", "--test", f"{out}/dev.json", f"{out}/test.json", "--audio"]) == 0
+    texts = {row["text"] for name in ("train", "dev", "test") for row in read_manifest(out / f"{name}.json")}
+    assert texts == {"hello there", "yes no", "wait what", "no he said", "it's me"}
+    assert all(CharEncoder(LABELS)(text) for text in texts)
 
 
 def test_a_text_of_punctuation_alone_is_a_bad_row(folder):
     path = table(folder, "x.csv", "path,text\nwavs/a.wav,...\n")
     with pytest.raises(TableError, match="x.csv:2: text '...' is nothing but punctuation"):
-        build_rows(path, punctuation=False)
+        build_rows(path)
 
 
 @RELAXED
@@ -264,6 +292,19 @@ def test_file_and_folder_are_not_mixed_up(folder, args, words, capsys, monkeypat
     before = sorted(os.listdir(folder))
     assert main([str(path), *args]) == 1
     assert words in capsys.readouterr().err and sorted(os.listdir(folder)) == before
+
+
+@pytest.mark.parametrize("args", [["--out", "train.json"], ["--out", "./mine/../train.json"],
+                                  ["--out", "link.json"], ["--out", ".", "--split", "0.1"]])
+def test_the_table_is_never_replaced(folder, args, capsys, monkeypatch):
+    monkeypatch.chdir(folder)
+    (folder / "mine").mkdir()
+    path = table(folder, "train.json", FORMS["lines.json"])
+    (folder / "link.json").symlink_to(path)
+    assert main(["train.json", *args]) == 1
+    assert "would replace the table train.json" in capsys.readouterr().err
+    assert path.read_text() == FORMS["lines.json"] and sorted(os.listdir(folder)) == [
+        "link.json", "mine", "train.json", "wavs"]
 
 
 def test_real_speech_from_a_table_to_three_valid_manifests(librispeech_sample, tmp_path):

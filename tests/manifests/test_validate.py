@@ -17,7 +17,7 @@ from manifests import validate as module
 from manifests.librispeech import build_rows
 from manifests.report import CODES, percentiles, table
 from manifests.schema import LABELS, check_row, write_manifest
-from manifests.validate import ctc_frames_needed, main, validate
+from manifests.validate import ctc_frames_needed, main, role_by_name, validate
 
 # The machine may be busy: how long an example takes says nothing.
 RELAXED = settings(deadline=None, suppress_health_check=[HealthCheck.too_slow])
@@ -164,8 +164,14 @@ def test_leaks_between_train_and_test(manifest, audio):
     ]
     assert {finding.file for finding in report.findings} == {test}
     assert f"is in {train}:2 too" in report.findings[2].message
-    # With no roles it cannot be known to be a leak; nobody is refused.
+    # Names tell the same.
     report = validate([train, test])
+    assert [code for severity, code, _ in found(report) if severity == "error"] == ["shared_audio", "shared_id"]
+    # With no role it cannot be known to be a leak; nobody is refused.
+    plain = [Path(path).with_name(name) for path, name in ((train, "a.json"), (test, "b.json"))]
+    for path, source in zip(plain, (train, test), strict=True):
+        path.write_bytes(Path(source).read_bytes())
+    report = validate(plain)
     assert report.ok and sorted(code for _, code, _ in found(report)) == ["shared_audio", "shared_id", "shared_text"]
     # Training sets may share words.
     assert found(validate(train=[train, more])) == []
@@ -173,6 +179,29 @@ def test_leaks_between_train_and_test(manifest, audio):
     assert found(validate([train, f"{Path(train).parent}/./train.json"])) == []
     with pytest.raises(ValueError, match="given both as train and as test"):
         validate(train=[train], test=[train])
+
+
+@pytest.mark.parametrize(
+    ("name", "role"),
+    [("train", "train"), ("train-clean-100", "train"), ("dev", "test"), ("test-new-words", "test"), ("eval", "test"),
+     ("my_valid", "test"), ("train_dev", ""), ("trainer", ""), ("device", ""), ("m", "")],
+)
+def test_a_name_tells_what_a_manifest_is_for(name, role):
+    assert role_by_name(f"/train/{name}.json") == role
+
+
+def test_the_docstrings_first_example_finds_a_leak(manifest, audio, capsys):
+    shared = audio("shared.wav")
+    train = manifest({"audio_filepath": shared}, name="train.json")
+    test = manifest({"audio_filepath": shared, "text": "other"}, name="test.json")
+    assert main([train, test]) == 1
+    assert f"{test}:1: error: shared_audio" in capsys.readouterr().out
+
+
+def test_texts_are_compared_normalised(manifest):
+    train = manifest({"text": "the same  words"}, name="train.json")
+    test = manifest({"text": "The same words"}, name="test.json")
+    assert ("warning", "shared_text", 1) in found(validate([train, test]))
 
 
 @pytest.mark.parametrize(
@@ -263,6 +292,7 @@ def test_json_holds_every_finding_and_the_print_the_first(manifest, tmp_path, ca
     assert saved["findings"][4]["line"] == 5 and saved["findings"][4]["file"] == path
     assert saved["files"][0]["characters"]["A"] == 9 and saved["outside_labels"]["A"]["count"] == 9
     assert saved["total"]["words"] == 9 and saved["total"]["distinct_words"] == 9
+    assert saved["total"]["vocabulary"] == {f"A{letter}": 1 for letter in "abcdefghi"}
     assert not saved["ok"]
 
 

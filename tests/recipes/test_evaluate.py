@@ -158,6 +158,21 @@ def test_overall_sums_the_manifests_and_cost_is_measured(model, rows, tmp_path):
     assert "lower case" in metrics["normalisation"] and metrics["decoding"] == "greedy CTC"
 
 
+def test_durations_that_lie_change_neither_hours_nor_speed_and_are_told_once(model, rows, tmp_path):
+    honest = evaluate_model(model, write_rows(tmp_path / "m.json", rows), progress=False)
+    assert honest["manifests"][0]["durations_off"] == 0 and " off " not in report(honest)
+    rows[2]["duration"], rows[4]["duration"] = 300, 0.2
+    rows[0]["duration"] += 0.009
+    path = write_rows(tmp_path / "m.json", rows)
+    metrics = evaluate_model(model, path, progress=False)
+    for result in (*metrics["manifests"], metrics["overall"]):
+        assert result["hours"] == honest["overall"]["hours"]
+        assert result["real_time_factor"] == pytest.approx(result["seconds"] / 6.3, rel=1e-2, abs=1e-3)
+    shown = report(metrics)
+    assert f"m: 2 of 6 durations are off by more than 0.01 s, {path}:3 says 300 s of 2.100 s" in shown
+    assert shown.count(" off ") == 1
+
+
 def test_report_shows_totals_normalisation_and_pairs(model, rows, tmp_path):
     a, b = write_rows(tmp_path / "a.json", rows[:2]), write_rows(tmp_path / "b.json", rows[2:])
     shown = report(evaluate_model(model, [a, b], progress=False), pairs=2)
@@ -264,6 +279,18 @@ def test_audio_that_cannot_be_decoded_names_manifest_and_line(model, rows, tmp_p
         with pytest.raises(ManifestError, match=r"m\.json:2: .*u1\.wav: audio cannot be read"):
             evaluate_model(model, write_rows(path, rows), progress=False, num_workers=workers, batch_seconds=0.5)
     assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+def test_audio_that_is_not_finite_names_manifest_and_line(model, rows, tmp_path, value):
+    samples = soundfile.read(rows[3]["audio_filepath"])[0]
+    samples[5000] = value
+    rows[3]["audio_filepath"] = str(tmp_path / "bad.wav")
+    soundfile.write(tmp_path / "bad.wav", samples, RATE, subtype="FLOAT")
+    path = write_rows(tmp_path / "m.json", rows)
+    for workers in (1, 3):
+        with pytest.raises(ManifestError, match=r"m\.json:4: .*bad\.wav: holds samples that are not finite"):
+            evaluate_model(model, path, progress=False, num_workers=workers, batch_seconds=0.5)
 
 
 def test_text_on_some_lines_only_is_refused(rows, tmp_path):

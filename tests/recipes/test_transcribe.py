@@ -35,12 +35,23 @@ def test_folders_are_searched_sorted_and_every_file_comes_once(tmp_path):
         (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
         (tmp_path / name).touch()
     (tmp_path / "silent").mkdir()
+    for name in ("b/._1.flac", ".trash/old.wav", "silent/._x.wav"):  # hidden
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / name).touch()
     files, problems = find_audio([tmp_path / "b" / "2.wav", tmp_path, tmp_path / "silent", tmp_path / "gone.wav"])
     assert [str(f.relative_to(tmp_path)) for f in files] == ["b/2.wav", "a/deep/x.ogg", "b/1.flac", "top.WAV"]
     assert problems == [
         f"{tmp_path}/silent: no audio in this folder (.wav, .flac, .mp3, .ogg, .opus)",
         f"{tmp_path}/gone.wav: no such file or folder",
     ]
+
+
+def test_a_folder_that_is_hidden_itself_is_searched_when_named(tmp_path):
+    (tmp_path / ".mine").mkdir()
+    (tmp_path / ".mine" / "a.wav").touch()
+    (tmp_path / ".mine" / ".b.wav").touch()
+    named = tmp_path / ".mine" / ".b.wav"
+    assert find_audio([tmp_path / ".mine", named]) == ([tmp_path / ".mine" / "a.wav", named], [])
 
 
 @pytest.mark.parametrize(
@@ -82,11 +93,13 @@ def test_bad_files_are_named_and_the_others_transcribed(saved, tmp_path, capsys)
     whole = write_audio(tmp_path / "in" / "truncated.flac", 3.0).read_bytes()
     (tmp_path / "in" / "truncated.flac").write_bytes(whole[: len(whole) // 3])
     write_audio(tmp_path / "in" / "click.wav", 0.004)
+    soundfile.write(tmp_path / "in" / "nan.wav", np.full(RATE, np.nan), RATE, subtype="FLOAT")
     status, out, err = run(capsys, f"model={saved}", f"audio=[{tmp_path}/in,{tmp_path}/gone.wav]", "device=cpu")
     assert status == 1
     assert [line.split("\t")[0] for line in out.splitlines() if "truncated" not in line] == [str(good), str(stereo)]
     for said in ("gone.wav: no such file", "broken.wav: not readable", "empty.wav: no samples",
-                 "click.wav: 0.004 s is too short", "stereo.wav: several channels, averaged"):
+                 "click.wav: 0.004 s is too short", "nan.wav: holds samples that are not finite",
+                 "stereo.wav: several channels, averaged"):
         assert err.count(said) == 1, err
     assert all(line.startswith("transcribe.py: ") for line in err.splitlines())
 
@@ -100,6 +113,15 @@ def test_output_is_text_or_a_manifest(saved, tmp_path, capsys):
     row = json.loads((tmp_path / "o.json").read_text())
     assert status == 0 and row["audio_filepath"] == str(audio) and row["duration"] == 1.0
     assert row["pred_text"] == printed.rstrip("\n").split("\t")[1]
+
+
+def test_a_path_in_brackets_that_is_there_is_that_path(saved, tmp_path, capsys, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    for name in ("[it's, x].flac", "[y].wav", "y.wav"):
+        write_audio(Path(name), 0.5)
+    for given, expected in (("[it's, x].flac", "[it's, x].flac"), ("[y].wav", "[y].wav"), ("[y.wav]", "y.wav")):
+        status, out, err = run(capsys, f"model={saved}", f"audio={given}", "device=cpu")
+        assert status == 0 and out.split("\t")[0] == expected, err
 
 
 def test_bad_arguments_are_one_line(saved, tmp_path, capsys):
