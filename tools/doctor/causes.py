@@ -61,6 +61,15 @@ OF_WARNINGS = {
 }
 
 
+def _of_the_tokenizer(finding: Finding, findings: list[Finding]) -> bool:
+    """Whether a model does not build for want of the tokenizer that another finding misses."""
+    error = str(finding.evidence.get("error", ""))
+    return finding.id == "model-does-not-build" and any(
+        other.id == "tokenizer-vocabulary" and other.weight == "prevents" and "folder" in other.evidence
+        and ("tokenizer" in error.lower() or other.evidence["folder"] is None and "NoneType" in error)
+        for other in findings)
+
+
 def merge(findings: list[Finding]) -> list[Finding]:
     """One finding a fault of the model: the surest stays, what the others saw is added to its evidence.
 
@@ -123,6 +132,8 @@ def name_causes(findings: list[Finding]) -> list[Finding]:
         if not causes and finding.weight == "warning":
             causes = [cause for cause in warned & set(OF_WARNINGS) if finding.id in OF_WARNINGS[cause]
                       and OF_WARNINGS[cause][finding.id](finding)]
+        if _of_the_tokenizer(finding, findings):
+            causes = ["tokenizer-vocabulary"]
         if causes and finding.weight != "note":
             symptom = f"{finding.symptom} This follows from {', '.join(sorted(causes))}: mend that first."
             finding = replace(finding, weight="note", symptom=symptom)

@@ -286,11 +286,25 @@ def durations(subject):
             "says: where it says too few, that much of the end is cut off, which is little here.",
             {"utterances": count, "of": utterances, "far off": far, "seconds off, at most": round(most, 3),
              "first": examples(found)},
-            ["take durations from the audio's headers: build the manifest again (python -m manifests.corpus build, or "
+            [*_offsets(off, {line: row for at, row in rows.items() for name, _, line in [at.rpartition(":")]
+                             if name == file}),
+             "take durations from the audio's headers: build the manifest again (python -m manifests.corpus build, or "
              "python -m manifests.own_data)"],
             1.0,
             where=f"{file}:{found[0].line}",
         )
+
+
+def _offsets(off: dict[int, tuple[float, float]], rows: dict[str, dict]) -> list[str]:
+    """The change where rows are stretches of long recordings, and where these begin is not said, or not in seconds."""
+    uses = Counter(row["audio_filepath"] for row in rows.values())
+    wrong = [(row, off[int(line)]) for line, row in rows.items() if int(line) in off]
+    unsaid = sum(seconds < 0 and uses[row["audio_filepath"]] > 1 and "offset" not in row for row, (seconds, _) in wrong)
+    beyond = sum(left <= 0 and row.get("offset", 0) > 0 for row, (_, left) in wrong)
+    if unsaid > len(wrong) / 2:
+        return ["several rows name one recording: give each its \"offset\", the second at which it begins; without it "
+                "all are read from the recording's start"]
+    return ["\"offset\" is in seconds: these begin behind the end of their recordings"] if beyond > len(wrong) / 2 else []
 
 
 def _off(finding: LineFinding, row: dict | None) -> tuple[float, float]:

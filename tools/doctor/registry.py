@@ -36,6 +36,7 @@ FAMILIES: dict[str, tuple[str, tuple[str, ...]]] = {
     "labels": ("tools.doctor.labels", ("model",)),
     "loss": ("tools.doctor.loss", ("model",)),
     "gradients": ("tools.doctor.gradients", ("model",)),
+    "optimizer": ("tools.doctor.optimizer", ("model",)),
     "locality": ("tools.doctor.locality", ("model",)),
     "invariance": ("tools.doctor.invariance", ("model",)),
     "depth": ("tools.doctor.depth", ("model",)),

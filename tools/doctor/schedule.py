@@ -253,11 +253,15 @@ def warm_up(subject):
         raise NotExamined(p.unresolved)
     elif p.warmup <= 0 and p.peak > 3e-4:
         attention = any(word in str(s.get("model.encoder._target_", "")).lower() for word in ("former", "attention"))
+        # NovoGrad's rate is of a layer's whole step, Adam's of each weight's: NeMo's QuartzNet starts at 0.01.
+        layers = "novograd" in str(s.get("model.optim.name", "")).lower()
+        worrying, stopping = (0.05, 0.2) if layers else (2e-3, 0.05)
         yield Finding(
-            "warmup-missing", "prevents" if p.peak > 0.05 else "warning" if attention or p.peak > 2e-3 else "note",
+            "warmup-missing",
+            "prevents" if p.peak > stopping else "warning" if attention or p.peak > worrying else "note",
             f"There is no warm-up: the first step is made at {p.peak:.2g}.",
-            "Adam's first steps are as large as its rate, whatever the gradient. Attention in particular collapses in "
-            "them and does not come back.", p.evidence, fix, 0.85 if attention else 0.6, where=key, plots=lr_plot(p))
+            ("NovoGrad's" if layers else "Adam's") + " first steps are as large as its rate, whatever the gradient. "
+            "Attention in particular collapses in them and does not come back.", p.evidence, fix, 0.85 if attention else 0.6, where=key, plots=lr_plot(p))
 
 
 @check("schedule", faults=("schedule-per-epoch",), needs=("config",))

@@ -168,6 +168,16 @@ def test_broken_lines_by_role(audio, tmp_path, role, some, weight):
     assert (found.id, found.weight) == ("data-manifest-broken", weight)
 
 
+@pytest.mark.parametrize("offset, change", [
+    (lambda i: {}, 'several rows name one recording: give each its "offset"'),
+    (lambda i: {"offset": 300.0 * i + 1000}, '"offset" is in seconds'),
+])
+def test_stretches_of_long_recordings_are_told_to_say_where_they_begin(audio, tmp_path, offset, change):
+    rows = [{**audio[i % 3], "duration": 0.3 + 0.005 * i, "text": f"text number {i}", **offset(i)} for i in range(60)]
+    found = {f.id: f for f in ids(tmp_path, rows, families=["data"]).findings}
+    assert found["data-duration-wrong"].fix[0].startswith(change)
+
+
 @pytest.mark.parametrize("change, weight, far", [
     (lambda row: round(row["duration"] + 0.05, 2), "warning", 0),
     (lambda row: row["duration"] + 0.4 + 0.1 * row["duration"], "prevents", 60),
