@@ -11,7 +11,6 @@ from tools.doctor.finding import Finding
 from tools.doctor.registry import NotExamined, check
 from tools.doctor.schedule import plan
 
-
 NUMBERS = (
     "trainer.max_steps", "trainer.max_epochs", "trainer.gradient_clip_val", "trainer.accumulate_grad_batches",
     "trainer.num_nodes", "model.optim.lr", "model.optim.weight_decay", "model.optim.sched.warmup_steps",
@@ -19,6 +18,7 @@ NUMBERS = (
     "model.preprocessor.sample_rate", "model.train_ds.batch_size", "model.train_ds.batch_duration",
     "model.train_ds.max_duration", "model.train_ds.min_duration", "training.epochs", "training.global_batch_seconds",
 )
+KEPT = 0.5  # share of the hours, below which the limits of duration are said
 
 
 @check("limits", faults=("model-does-not-build",), needs=("config",))
@@ -41,6 +41,34 @@ def values(subject):
     if elsewhere:
         raise NotExamined("without the whole configuration nothing says what these are: " + ", ".join(
             f"{s.key(key)}={value}" for key, value in list(elsewhere.items())[:5]))
+
+
+@check("limits", faults=("data-filtered",), needs=("config", "manifests"))
+def durations_kept(subject):
+    """The limits of duration leave most of the data."""
+    s = subject.settings
+    for role, section in (("train", "train_ds"), ("validation", "validation_ds")):
+        rows = subject.rows.get(role, [])
+        keys = {name: f"model.{section}.{name}" for name in ("min_duration", "max_duration")}
+        low, high = s.number(keys["min_duration"], 0.0), s.number(keys["max_duration"], math.inf)
+        durations = [row["duration"] for row in rows]
+        left = [seconds for seconds in durations if low <= seconds <= high]
+        share = sum(left) / max(sum(durations), 1e-9)
+        if not durations or share >= KEPT:
+            continue
+        short, long = sum(d < low for d in durations), sum(d > high for d in durations)
+        key = s.key(keys["max_duration" if long >= short else "min_duration"])
+        ordered = sorted(durations)
+        most = ordered[min(int(0.99 * len(ordered)), len(ordered) - 1)] if long >= short else ordered[0]
+        yield Finding(
+            "data-filtered", "prevents" if role == "train" and not left else "warning",
+            f"{key}={(high if long >= short else low):g} leaves {len(left)} of {len(durations)} utterances of {role}, "
+            f"{sum(left) / 3600:.2f} of {sum(durations) / 3600:.2f} h.",
+            "Loaders drop what is shorter or longer without a word: the model learns from the rest alone, and never "
+            "hears speech of the lengths that it is tested on.",
+            {"longer": long, "shorter": short, "of": len(durations), "share of the hours left": round(share, 3),
+             "median, s": ordered[len(ordered) // 2], "longest, s": ordered[-1]},
+            [f"{key}={most:.3g}" + (", which 99 % of them are within" if long >= short else "")], 0.9, where=key)
 
 
 def _lost(node, prefix: str = ""):

@@ -8,6 +8,7 @@ import re
 from types import SimpleNamespace
 
 from omegaconf import DictConfig, OmegaConf
+from omegaconf.errors import OmegaConfBaseException
 
 from tools.doctor.engine import first_line
 from tools.doctor.finding import Finding
@@ -50,9 +51,10 @@ def can_be_made(subject):
 
 def _settings(subject) -> tuple[dict, dict]:
     """model.optim and its sched as plain dicts; what training fills in is filled in."""
-    optim = OmegaConf.to_container(subject.settings.get("model.optim"), resolve=False)
-    optim = OmegaConf.to_container(OmegaConf.create({
-        key: subject.settings.get(f"model.optim.{key}") for key in optim}), throw_on_missing=False, resolve=True)
+    try:
+        optim = OmegaConf.to_container(subject.settings.get("model.optim"), resolve=True, throw_on_missing=False)
+    except OmegaConfBaseException as error:
+        raise NotExamined(first_line(error)) from None
     sched = dict(optim.pop("sched", None) or {})
     own = plan(subject)
     filled = {"warmup_steps": own.warmup or 0, "min_lr": 0.0, "max_steps": own.schedule_steps or 10000, "lr": 1e-3}

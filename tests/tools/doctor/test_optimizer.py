@@ -44,6 +44,7 @@ def test_what_cannot_be_made_is_named(case):
     {"name": "novograd", "lr": 0.01, "betas": [0.8, 0.5], "weight_decay": 1e-3, "sched": {**COSINE, "max_steps": -1}},
     {"_target_": "torch.optim.AdamW", "lr": 1e-3, "sched": {"name": "InverseSquareRootAnnealing", "warmup_ratio": 0.1}},
     {"name": "adam", "lr": 1e-3},
+    {"name": "adam", "lr": 1.0, "sched": {"name": "NoamAnnealing", "d_model": "${model.encoder.d_model}"}},
 ])
 def test_what_can_be_made_is_examined_and_silent(optim):
     report = of(optim)

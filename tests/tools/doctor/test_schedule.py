@@ -1,5 +1,7 @@
 """The families that look at the configuration alone. No torch."""
 
+import json
+
 import pytest
 from omegaconf import OmegaConf
 
@@ -272,3 +274,19 @@ def test_a_floor_above_the_rate_is_named():
         "name": "CosineAnnealing", "warmup_steps": 100, "min_lr": 1e-3}}}, "trainer": {"max_steps": 1000}},
         families=["schedule"]).findings
     assert [(f.id, f.weight) for f in found] == [("lr-too-low", "prevents")] and "min_lr=0.001" in found[0].symptom
+
+
+@pytest.mark.parametrize("limits, weight, where", [
+    ({"max_duration": 6}, "warning", "max_duration"), ({"max_duration": 1}, "prevents", "max_duration"),
+    ({"min_duration": 11}, "warning", "min_duration"), ({"max_duration": 15}, None, None), ({}, None, None),
+])
+def test_limits_of_duration_that_drop_most_of_the_data(tmp_path, limits, weight, where):
+    path = tmp_path / "train.json"
+    rows = [{"audio_filepath": f"/{i}.wav", "duration": 2.0 + i / 8, "text": "a"} for i in range(100)]
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    found = [f for f in examine(config={"model": {"train_ds": limits, "optim": {"lr": 1e-3}}}, families=["limits"],
+                                manifests={"train": str(path)}).findings if f.id == "data-filtered"]
+    assert [f.weight for f in found] == ([weight] if weight else [])
+    for finding in found:
+        assert finding.where == f"model.train_ds.{where}" and finding.fix[0].startswith(finding.where)
+        assert "of 100 utterances" in finding.symptom
