@@ -262,8 +262,13 @@ def write_manifest(
 
 
 def write_atomic(path: str | os.PathLike, data: bytes) -> None:
-    """Put `data` at `path` so that no reader, and no crash, ever sees half of it. Makes the folder."""
+    """Put `data` at `path` so that no reader, and no crash, ever sees half of it. Makes the folder.
+
+    A file that holds `data` already is left as it is, with its time: what was made from it stays newer.
+    """
     target = Path(path)
+    if _holds(target, data):
+        return
     target.parent.mkdir(parents=True, exist_ok=True)
     handle, part = tempfile.mkstemp(dir=target.parent, prefix=f".{target.name[:100]}.")
     try:
@@ -279,6 +284,13 @@ def write_atomic(path: str | os.PathLike, data: bytes) -> None:
     except BaseException:
         os.unlink(part)
         raise
+
+
+def _holds(path: Path, data: bytes) -> bool:
+    try:
+        return path.stat().st_size == len(data) and path.read_bytes() == data
+    except OSError:
+        return False
 
 
 def resolve_audio(row: dict[str, Any], manifest_path: str | os.PathLike) -> str:

@@ -207,6 +207,16 @@ def test_a_crash_while_writing_leaves_the_old_file(tmp_path, monkeypatch):
     assert os.listdir(tmp_path) == ["m.json"]
 
 
+def test_a_file_of_the_same_bytes_keeps_its_time(tmp_path):
+    path = tmp_path / "m.json"
+    write_manifest(path, [GOOD])
+    os.utime(path, (1000, 1000))
+    write_manifest(path, [GOOD])
+    assert path.stat().st_mtime == 1000
+    write_manifest(path, [{**GOOD, "text": GOOD["text"][::-1]}])
+    assert path.stat().st_mtime > 1000
+
+
 def test_files_are_made_with_the_usual_rights_and_folders(tmp_path):
     path = tmp_path / "deep" / "er" / "m.json"
     old = os.umask(0o027)

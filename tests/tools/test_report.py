@@ -100,8 +100,11 @@ def test_a_broken_curve_names_file_and_line(run, capsys):
 
 
 def test_a_folder_without_a_run_is_one_line(tmp_path, capsys):
-    assert main([str(tmp_path)]) == 1
-    assert capsys.readouterr().err.count("\n") == 1
+    for folder, said in ((tmp_path, "no curve.csv: this run has not been trained (./run.sh --stage 4"),
+                         (tmp_path / "gone", "there is no such folder")):
+        assert main([str(folder)]) == 1
+        error = capsys.readouterr().err
+        assert error.count("\n") == 1 and f"report: {folder}: {said}" in error
 
 
 def test_a_manifest_without_text_has_no_row():

@@ -304,7 +304,8 @@ def _offsets(off: dict[int, tuple[float, float]], rows: dict[str, dict]) -> list
     if unsaid > len(wrong) / 2:
         return ["several rows name one recording: give each its \"offset\", the second at which it begins; without it "
                 "all are read from the recording's start"]
-    return ["\"offset\" is in seconds: these begin behind the end of their recordings"] if beyond > len(wrong) / 2 else []
+    late = "\"offset\" is in seconds: these begin behind the end of their recordings"
+    return [late] if beyond > len(wrong) / 2 else []
 
 
 def _off(finding: LineFinding, row: dict | None) -> tuple[float, float]:

@@ -19,14 +19,17 @@ def backward(probe) -> tuple[dict[str, float], str]:
     """
     step = run_training_step(probe)
     loss, source = step.loss, "training_step"
-    if loss is None or not loss.requires_grad:
-        if loss is not None:
+    # Of targets that do not fit NeMo makes a loss of 0, which says nothing of the model: the lengths do.
+    nothing_fits = loss is not None and loss.requires_grad and not bool(loss.detach().any())
+    if loss is None or not loss.requires_grad or nothing_fits:
+        if loss is not None and not nothing_fits:
             return {name: -1.0 for name, p in probe.model.named_parameters() if p.requires_grad}, source
         x, lengths = probe.features()
         out, frames = probe.forward(x, lengths)
         targets = torch.ones(len(x), 2, dtype=torch.long, device=x.device)
         targets[:, 1] = 2
         loss, source = call_loss(probe.model, out, targets, frames, torch.full_like(frames, 2)), "forward and loss"
+    loss = loss.sum()  # one number, as it ought to be: the loss family says where it is not
     if not bool(torch.isfinite(loss.detach())):
         raise NotExamined(f"the loss of the probe's batch is {float(loss.detach())}")
     loss.backward()

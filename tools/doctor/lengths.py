@@ -8,6 +8,7 @@ from tools.doctor.finding import Finding, Plot
 from tools.doctor.registry import NotExamined, check
 
 LONGEST = 40.0  # seconds that are tried at most
+SLOW_FRONT_END = 45.0  # feature frames a second; usual are 80 to 100
 MANY = 0.2  # share of utterances that do not fit from which on learning is kept from happening
 
 
@@ -222,7 +223,8 @@ def targets_fit(subject):
         samples = torch.tensor(room).long()
         frames = featurize(samples).tolist() if featurize else (samples * 100 // probe.sample_rate).tolist()
         room = [rule(int(t)) for t in frames]
-        yield from _too_long(probe, role, kept, need, room, rule)
+        rate = sum(frames) / max(sum(row["duration"] for row in kept), 1e-9)
+        yield from _too_long(probe, role, kept, need, room, rule, rate)
         tempo = subject.settings.number("model.tempo", 0.0) if subject.settings is not None else 0.0
         if role == "train" and 0 < tempo < 1:
             fast = [rule(max(int(t * (1 - tempo)), 1)) for t in frames]
@@ -252,7 +254,7 @@ def _too_fast(settings, tempo, rows, need, room, fast):
     )
 
 
-def _too_long(probe, role, rows, need, room, rule):
+def _too_long(probe, role, rows, need, room, rule, rate):
     bad = [i for i in range(len(rows)) if need[i] > room[i]]
     tight = sum(n > 0.8 * r for n, r in zip(need, room))
     fill = sorted(n / max(r, 1) for n, r in zip(need, room))
@@ -269,23 +271,26 @@ def _too_long(probe, role, rows, need, room, rule):
                    f"CTC loss is infinite. First {rows[bad[0]]['_at']}: {need[bad[0]]} needed, {room[bad[0]]} frames.")
     else:
         symptom = f"Targets of {role} fill {middle:.0%} of the output frames (median): hardly any room for blanks."
+    slow = rate < SLOW_FRONT_END and share > 0.01
+    front_end = [f"model.preprocessor.window_stride=0.01 (seconds; the front end makes {rate:.3g} frames a second, "
+                 "usual are 100)"] if slow else []
     yield Finding(
         "data-target-too-long",
         "prevents" if role == "train" and (share >= MANY or middle >= 0.95) else "warning" if share > 0.002 or not bad
         else "note",
         symptom,
-        f"The model puts out one frame for {rule.stride} feature frames; CTC needs one for each target symbol and one "
-        "between equal neighbours. NeMo sets such a loss to 0 without a word: nothing is learned from these "
+        f"The model puts out one frame for {rule.stride} feature frames, {rate / max(rule.stride, 1):.3g} a second; "
+        "CTC needs one for each target symbol and one between equal neighbours. NeMo sets such a loss to 0 without a word: nothing is learned from these "
         "utterances.",
         {"utterances": len(bad), "of": len(rows), "share": round(share, 4), "over 80 % full": tight,
-         "subsampling": rule.stride, "median fill": round(middle, 3),
+         "subsampling": rule.stride, "feature frames a second": round(rate, 1), "median fill": round(middle, 3),
          "worst": [f"{rows[i]['_at']}: {need[i]} symbols, {room[i]} frames, {rows[i]['duration']:.2f} "
                    "s" for i in worst]},
-        ["subsample less (model.encoder.subsampling_factor or the strides)" if share > 0.01 or not bad else
+        [*front_end, "subsample less (model.encoder.subsampling_factor or the strides)" if share > 0.01 or not bad else
          "drop them from the manifest (their text is likely wrong)",
          "or use longer sub-word tokens (a larger BPE vocabulary makes shorter targets)",
          "or look at the texts of those named: so many letters a second are often another utterance's text"],
         0.97 if bad else 0.7,
-        where=rows[bad[0]]["_at"] if bad else "encoder",
+        where="model.preprocessor.window_stride" if slow else rows[bad[0]]["_at"] if bad else "encoder",
         plots=[plot],
     )

@@ -140,6 +140,16 @@ def training_step_uses_it(subject):
         step = run_training_step(probe)
     if step.loss is None:
         raise NotExamined(f"the training step does not run outside a trainer ({step.error})")
+    if step.loss.numel() != 1:
+        key = "ctc_reduction" if subject.settings is None else subject.settings.key("model.ctc_reduction")
+        yield Finding(
+            "loss-wrong", "prevents",
+            f"A training step's loss is {step.loss.numel()} numbers (shape {tuple(step.loss.shape)}).",
+            "Backward starts from one number: training ends at its first step with 'grad can be implicitly created "
+            "only for scalar outputs'.", {"shape": list(step.loss.shape)},
+            [f"{key}=mean_volume (nats a character), or mean_batch", "or loss.mean() at the end of training_step"], 1.0,
+            where=key)
+        return
     truth, alike = step.seen()
     out, targets, frames, sizes = truth
     feasible = reference(out, targets, frames, sizes, width - 1)

@@ -261,7 +261,8 @@ def warm_up(subject):
             "prevents" if p.peak > stopping else "warning" if attention or p.peak > worrying else "note",
             f"There is no warm-up: the first step is made at {p.peak:.2g}.",
             ("NovoGrad's" if layers else "Adam's") + " first steps are as large as its rate, whatever the gradient. "
-            "Attention in particular collapses in them and does not come back.", p.evidence, fix, 0.85 if attention else 0.6, where=key, plots=lr_plot(p))
+            "Attention in particular collapses in them and does not come back.", p.evidence, fix,
+            0.85 if attention else 0.6, where=key, plots=lr_plot(p))
 
 
 @check("schedule", faults=("schedule-per-epoch",), needs=("config",))

@@ -87,6 +87,7 @@ def transcripts(metrics: dict, folder: Path) -> list[str]:
 
 def report(folder: Path) -> Path:
     """Writes report.md and curve.png into the run's folder; returns the former's path. Raises OSError, ValueError."""
+    _there(folder, "curve.csv", "has not been trained", "./run.sh --stage 4, or name another folder")
     lines = [f"# {folder.name}", ""]
     lines += training(folder)
     draw({folder.name: folder / "curve.csv"}, folder / "curve.png", unit(folder))
@@ -108,6 +109,13 @@ def report(folder: Path) -> Path:
     return out
 
 
+def _there(folder: Path, name: str, what: str, remedy: str) -> None:
+    """Raises ValueError where a run's folder lacks a file, with what that means and what makes it."""
+    if not (folder / name).is_file():
+        missing = f"no {name}: this run {what}" if folder.is_dir() else "there is no such folder"
+        raise ValueError(f"{folder}: {missing} ({remedy})")
+
+
 def publish(folder: Path, results: Path, command: str) -> Path:
     """Copies the curve and the error counts of a reported run to `results/<corpus>.*`; returns the JSON's path.
 
@@ -117,6 +125,8 @@ def publish(folder: Path, results: Path, command: str) -> Path:
     """
     import yaml
 
+    _there(folder, "evaluation/metrics.json", "has not been evaluated", "./run.sh --stage 6")
+    _there(folder, "config.yaml", "has no configuration", "train it with recipes/train.py")
     config = yaml.safe_load((folder / "config.yaml").read_text())
     recipe, corpus = config["name"], config["corpus"]["name"]
     name = corpus if recipe == results.resolve().parent.name else f"{recipe}_{corpus}"
@@ -125,7 +135,7 @@ def publish(folder: Path, results: Path, command: str) -> Path:
     kept |= {"commit": commit(folder), "hardware": hardware(folder)}
     kept |= {key: metrics[key] for key in ("parameters", "decoding", "normalisation", "interval", "overall")}
     kept["manifests"] = [
-        {key: value for key, value in part.items() if key not in ("manifest", "predictions")}
+        {key: value for key, value in part.items() if key not in ("manifest", "predictions", "duration_off")}
         for part in metrics["manifests"]
     ]
     results.mkdir(parents=True, exist_ok=True)

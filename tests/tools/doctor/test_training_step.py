@@ -139,3 +139,20 @@ def test_targets_that_fit_only_until_the_audio_is_made_faster(tmp_path, tempo, s
     report = examine(config="conformer", overrides=overrides, families=["lengths"])
     found = [f for f in report.findings if "fastest tempo" in f.symptom]
     assert bool(found) == said and all(f.weight == "warning" and f.where == "model.tempo" for f in found), found
+
+
+def test_a_loss_of_many_numbers_is_named_and_the_rest_is_examined():
+    report = probe(stock(ctc_reduction="none"))
+    (finding,) = [f for f in report.findings if f.weight == "prevents"]
+    assert finding.id == "loss-wrong" and "4 numbers" in finding.symptom and "ctc_reduction" in finding.where
+    assert any("gets a gradient" in line for line in report.examined)
+
+
+def test_a_hop_of_a_tenth_of_a_second_is_the_cause_and_the_only_one(tmp_path):
+    from tests.tools.doctor.setups import models, tones
+
+    cfg = models.recipe("conformer", preprocessor={**models.preprocessor(), "window_stride": 0.1})
+    report = examine(config=cfg, manifests=tones.manifests(tmp_path), families=["lengths", "gradients"], seconds=120)
+    (finding,) = [f for f in report.findings if f.weight == "prevents"]
+    assert (finding.id, finding.where) == ("data-target-too-long", "model.preprocessor.window_stride")
+    assert finding.fix[0].startswith("model.preprocessor.window_stride=0.01")
