@@ -39,7 +39,7 @@ EFFECTS: dict[str, tuple[str, ...]] = {
     "data-scale": ("features-bad",),
     "data-upper-case": ("tokenizer-vocabulary", "data-characters", "data-empty-text"),
     "data-mismatched-text": ("data-target-too-long",),
-    "data-duration-wrong": ("data-target-too-long", "data-mismatched-text"),
+    "data-duration-wrong": ("data-target-too-long", "data-mismatched-text", "data-filtered"),
     "data-missing-audio": ("data-duration-wrong",),
     "data-characters": ("tokenizer-vocabulary",),
     "lr-zero": ("warmup-missing",),

@@ -111,6 +111,19 @@ class Settings:
         return all(isinstance(self.get(f"model.{part}"), DictConfig) for part in ("encoder", "decoder"))
 
     @property
+    def starts_from(self) -> str | None:
+        """The `.nemo` whose weights a configuration of NeMo's starts from, where it is one and named by its path."""
+        value = None if self.recipe else self.get("init_from_nemo_model")
+        return value if isinstance(value, str) else None
+
+    @property
+    def fine_tunes(self) -> bool:
+        """Whether it is one for NeMo's fine-tuning script: the model is in a `.nemo`, and no encoder is configured."""
+        return (not self.recipe and bool(self.prefix) and "init_from_nemo_model" in self.cfg
+                and self.get("model.encoder") is None and not self.get("init_from_pretrained_model")
+                and (self.starts_from is not None or self.get("init_from_nemo_model") is None))
+
+    @property
     def labels(self) -> list[str] | None:
         """Character labels, None with a tokenizer or where there are none."""
         if self.get("model.tokenizer") is not None:

@@ -68,7 +68,7 @@ def durations_kept(subject):
             "hears speech of the lengths that it is tested on.",
             {"longer": long, "shorter": short, "of": len(durations), "share of the hours left": round(share, 3),
              "median, s": ordered[len(ordered) // 2], "longest, s": ordered[-1]},
-            [f"{key}={most:.3g}" + (", which 99 % of them are within" if long >= short else "")], 0.9, where=key)
+            [f"{key}={most:.2f}" + (", which 99 % of them are within" if long >= short else "")], 0.9, where=key)
 
 
 def _lost(node, prefix: str = ""):

@@ -44,7 +44,7 @@ def open_model(subject: Subject):
         device = "cuda" if torch.cuda.is_available() else "cpu"
     if live:
         if not isinstance(given, torch.nn.Module) or not hasattr(given, "forward"):
-            raise _unreadable(f"The model given is a {type(given).__name__}.", "model",
+            raise unreadable(f"The model given is a {type(given).__name__}.", "model",
                               ["give an EncDecCTCModel, or the path of a .nemo or checkpoint"])
         if is_transducer(given):
             raise _not_ctc(type(given).__name__)
@@ -54,12 +54,16 @@ def open_model(subject: Subject):
             torch.zeros(1, device=device)
         except Exception as error:  # torch has no common kind for a device that is not there
             line = " ".join(str(error).split())[:200]
-            raise _unreadable(f"The device {str(device)!r} cannot be used: {line}.", str(device),
+            raise unreadable(f"The device {str(device)!r} cannot be used: {line}.", str(device),
                               ["give cpu or cuda, or leave it out"]) from None
     if given is not None:
-        model = _restore(Path(given), subject)
+        model = restore(Path(given), subject)
     else:
-        model = build(subject.settings)
+        from tools.doctor.started import open_started
+
+        # What a run started from may be gone since: its model is probed as it is built.
+        plain = subject.settings.recipe or subject.run is not None
+        model = build(subject.settings) if plain else open_started(subject)
     if is_transducer(model):
         if subject.settings is None:  # a .nemo brings its own, and data and schedule can be examined
             from tools.doctor.configs import Settings
@@ -111,7 +115,7 @@ def _that_runs(probe):
     return probe
 
 
-def _unreadable(symptom: str, where: str, fix: list[str]) -> ModelUnreadable:
+def unreadable(symptom: str, where: str, fix: list[str]) -> ModelUnreadable:
     return ModelUnreadable(
         Finding("input-unreadable", "prevents", symptom, "It is not there, is broken, or is not a model of this kind.",
                 {}, fix, 1.0, where=where, unreadable=True)
@@ -202,14 +206,14 @@ def _blame(error: BaseException, settings) -> tuple[str, list[str]]:
     return settings.name, ["mend the key or value that the message names"]
 
 
-def _restore(path: Path, subject: Subject):
+def restore(path: Path, subject: Subject):
     """A model from a `.nemo` or a checkpoint. Raises ModelUnreadable."""
     import recipes  # noqa: F401
 
     if (absent := no_file(path, "model")) is not None:
-        raise _unreadable(absent, str(path), ["give the path of a .nemo or .ckpt"])
+        raise unreadable(absent, str(path), ["give the path of a .nemo or .ckpt"])
     if (wrong := not_a_model(path)) is not None:
-        raise _unreadable(f"{path} cannot be restored: {wrong}.", str(path),
+        raise unreadable(f"{path} cannot be restored: {wrong}.", str(path),
                           ["give a complete file written by NeMo or Lightning"])
     try:
         if path.suffix == ".nemo":
@@ -222,11 +226,11 @@ def _restore(path: Path, subject: Subject):
         raise
     except Exception as error:  # tar, yaml, pickle, torch: no common kind
         line = " ".join(str(error).split())[:300]
-        raise _unreadable(f"{path} cannot be restored: {type(error).__name__}: {line}", str(path),
+        raise unreadable(f"{path} cannot be restored: {type(error).__name__}: {line}", str(path),
                           ["give a complete file written by NeMo or Lightning; a checkpoint that was cut off while it "
                            "was written is lost, use the one before it"]) from error
     if not all(hasattr(model, part) for part in ("encoder", "decoder", "loss")):
-        raise _unreadable(f"{path} holds a {type(model).__name__}, which is no CTC model.", str(path),
+        raise unreadable(f"{path} holds a {type(model).__name__}, which is no CTC model.", str(path),
                           ["give a model with encoder, decoder and CTC loss"])
     return model
 
@@ -258,13 +262,13 @@ def _from_checkpoint(path: Path, subject: Subject):
         saved = _load_with_config(path)
     weights = saved.get("state_dict", saved) if isinstance(saved, dict) else None
     if not isinstance(weights, dict) or not any(isinstance(v, torch.Tensor) for v in weights.values()):
-        raise _unreadable(f"{path} holds no state_dict.", str(path), ["give a Lightning checkpoint"])
+        raise unreadable(f"{path} holds no state_dict.", str(path), ["give a Lightning checkpoint"])
     settings = subject.settings
     if settings is None or not settings.builds_model:
         own = saved.get("hyper_parameters", {})
         own = own.get("cfg", own) if isinstance(own, dict) or OmegaConf.is_config(own) else {}
         if not (isinstance(own, (dict, DictConfig)) and "encoder" in own):
-            raise _unreadable(f"{path} does not say how its model is built.", str(path),
+            raise unreadable(f"{path} does not say how its model is built.", str(path),
                               ["give the configuration too: --config config.yaml"])
         settings = Settings(OmegaConf.create({"model": own}), str(path))
         subject.settings = subject.settings or settings
@@ -272,7 +276,7 @@ def _from_checkpoint(path: Path, subject: Subject):
     missing, unexpected = model.load_state_dict(weights, strict=False)
     missing = [key for key in missing if not key.startswith(("preprocessor.", "spec_augmentation.", "loss.", "wer."))]
     if missing:
-        raise _unreadable(f"{path} lacks {len(missing)} of the model's weights, first {missing[0]}.", str(path),
+        raise unreadable(f"{path} lacks {len(missing)} of the model's weights, first {missing[0]}.", str(path),
                           ["give the configuration that the checkpoint was trained with"])
     return model
 

@@ -80,7 +80,8 @@ class Subject:
         """Whether there is a model to open: one given, or a configuration that says how to build it."""
         if self.given_model is not None:
             return True
-        return self.given_config is not None and self.settings is not None and self.settings.builds_model
+        settings = self.settings
+        return self.given_config is not None and settings is not None and (settings.builds_model or settings.fine_tunes)
 
     def has(self, need: str) -> bool:
         """Whether the subject has one of registry.NEEDS."""

@@ -98,6 +98,9 @@ def tokens_cover_texts(subject):
     path = Path(folder) / "tokenizer.model" if folder else None
     if path is None or not path.is_file():
         made = subject.has("model")  # restored from a .nemo, which holds its own
+        starts = s.fine_tunes or s.get("init_from_pretrained_model")
+        if not made and starts and not s.get("model.tokenizer.update_tokenizer"):
+            raise NotExamined("it is inside the model that the configuration starts from")
         if not made:
             yield _finding("prevents", f"There is no tokenizer at {folder or 'model.tokenizer.dir, which is not set'}.",
                            "The model cannot be built without it.", {"folder": folder},
