@@ -150,7 +150,8 @@ mkdir -p "$exp"
 if [ -n "$data" ]; then tree=$data; elif [ "$corpus" = mini ]; then tree=data/mini_tree/LibriSpeech; else tree=data/LibriSpeech; fi
 tests=$($python -m manifests.corpus tests "$corpus")
 tests_read=${tests//[\[\]]/} tests_read=${tests_read//,/$'\n'}
-recipe=$(lines conf/base.yaml "conf/${model%_bpe}.yaml" "conf/$model.yaml" "$manifests/train.json" ${tokenizer:+"$tokenizer"})
+recipe=$(lines conf/base.yaml "conf/${model%_bpe}.yaml" "conf/$model.yaml" "conf/corpus/$corpus.yaml" conf/size/*.yaml \
+  conf/trainer/*.yaml "$manifests/train.json" ${tokenizer:+"$tokenizer"})
 sources=conf/corpus/$corpus.yaml
 [ "$corpus" != mini ] || sources=$(lines "$sources" manifests/mini/grammar.txt manifests/mini/newwords.txt manifests/mini/voices.py)
 
@@ -173,9 +174,12 @@ if [ "$stage" -le 4 ] && [ "$stop_stage" -ge 4 ]; then
     echo "== stage 4: begins anew; the old checkpoints are kept in $kept"
     mv "$exp/checkpoints" "$kept"
   fi
-  [ "$nodes" = 1 ] || fail "stage 4 on $nodes nodes is for the cluster to start, then come --stage 5 to 7 here:
+  if [ "$nodes" -gt 1 ]; then
+    echo "== stage 4: on $nodes nodes is for the cluster to start, then come --stage 5 to 7 here:
   sbatch --nodes=$nodes --gpus-per-node=$gpus --ntasks-per-node=$gpus conf/trainer/train.sbatch $model $corpus \
     ${settings[*]}"
+    exit 0
+  fi
 fi
 run_stage 4 train "$(lines "$recipe" "$manifests/dev.json")" "$exp/curve.csv" $python -m recipes.train "${train[@]}"
 run_stage 5 average "$exp/.stages/4" "$exp/$model.nemo" $python -m recipes.average "$exp" --out "$exp/$model.nemo"

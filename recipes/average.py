@@ -22,6 +22,9 @@ from recipes.quiet import quiet_imports, quiet_nemo
 from recipes.threads import set_threads
 
 
+ROOT = Path(__file__).resolve().parent.parent
+
+
 class AverageError(RuntimeError):
     """A run that has nothing to average. The message is one line."""
 
@@ -121,9 +124,15 @@ def main(arguments: list[str] | None = None) -> int:
     args = parser.parse_args(arguments)
     set_threads()
     quiet_imports()
+    from manifests.schema import ManifestError
+    from recipes.config import ConfigError
+    from recipes.decode import AudioError
+
+    exp, out = args.exp.resolve(), args.out.resolve()
+    os.chdir(ROOT)  # a run's configuration names its manifests from there, as in training
     try:
-        save_best(args.exp, args.out)
-    except AverageError as error:
+        save_best(exp, out)
+    except (AudioError, AverageError, ConfigError, ManifestError, OSError) as error:
         print(f"average.py: {error}", file=sys.stderr)
         return 1
     return 0

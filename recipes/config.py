@@ -6,6 +6,7 @@ sections with the signatures of what they build: a key that nothing reads is a s
 
 from __future__ import annotations
 
+import argparse
 import difflib
 import inspect
 import sys
@@ -87,7 +88,7 @@ def compose(config_name: str, overrides: list[str], manifests: bool = True) -> D
         try:
             parsed = OverridesParser.create().parse_overrides(overrides)
         except HydraException as error:
-            raise ConfigError(f"override cannot be read: {_first_line(error)}") from None
+            raise ConfigError(f"override cannot be read: {_on_one_line(error)}") from None
         groups = {path.name for path in CONF.iterdir() if path.is_dir()}
         for override in parsed:
             key = override.key_or_group
@@ -108,11 +109,11 @@ def compose(config_name: str, overrides: list[str], manifests: bool = True) -> D
         try:
             cfg = hydra_compose(name, overrides=[_logger_alias(line) for line in overrides])
         except HydraException as error:
-            raise ConfigError(_first_line(error)) from None
+            raise ConfigError(_on_one_line(error)) from None
     try:
         check(cfg, manifests)
     except (OmegaConfBaseException, TypeError, AttributeError) as error:
-        raise ConfigError(f"the configuration does not hold together: {_first_line(error)}") from None
+        raise ConfigError(f"the configuration does not hold together: {_on_one_line(error)}") from None
     return cfg
 
 
@@ -125,7 +126,7 @@ def hydra_arguments(arguments: list[str]) -> list[str]:
     return [_logger_alias(argument) for argument in arguments]
 
 
-def _first_line(error: Exception) -> str:
+def _on_one_line(error: Exception) -> str:
     return " ".join(line.strip() for line in str(error).splitlines() if line.strip())
 
 
@@ -286,7 +287,7 @@ def check_against_code(cfg: DictConfig) -> None:
         try:
             built = hydra.utils.get_class(node["_target_"])
         except Exception as error:
-            raise ConfigError(f"model.{section}._target_={node['_target_']}: {_first_line(error)}") from None
+            raise ConfigError(f"model.{section}._target_={node['_target_']}: {_on_one_line(error)}") from None
         compare(f"model.{section}", [k for k in node if k != "_target_"], _arguments(built))
     optim = cfg.model.optim
     if optim.name not in AVAILABLE_OPTIMIZERS:
@@ -317,9 +318,12 @@ def _arguments(built) -> set[str]:
 
 def main(arguments: list[str] | None = None) -> int:
     """`python -m recipes.config --config-name NAME KEY=VALUE...`: what is wrong with it, before there is any data."""
-    _, name, *overrides = sys.argv[1:] if arguments is None else arguments
+    parser = argparse.ArgumentParser(prog="python -m recipes.config", description=(main.__doc__ or "").partition(": ")[2])
+    parser.add_argument("--config-name", required=True, help="the recipe")
+    parser.add_argument("overrides", nargs="*", metavar="KEY=VALUE", help="Hydra overrides")
+    args = parser.parse_args(arguments)
     try:
-        compose(name, overrides, manifests=False)
+        compose(args.config_name, args.overrides, manifests=False)
     except ConfigError as error:
         print(f"run.sh: {error}", file=sys.stderr)
         return 2

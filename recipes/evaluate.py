@@ -37,7 +37,7 @@ INTERVAL = "95 % bootstrap over utterances, 1000 draws, seed 0"
 class Options:
     """What `python recipes/evaluate.py` takes."""
 
-    model: str = required(".nemo file, or a Lightning .ckpt")
+    model: str = required(".nemo file, Lightning .ckpt, or a recipe's name for its pretrained one")
     manifests: Any = required("one manifest or a list, [a.json,b.json]")
     names: Any = option("labels for the manifests in the table and in file names, by default the file names", None)
     output: Optional[str] = option("folder for predictions and metrics, by default evaluation/ beside the model", None)

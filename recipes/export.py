@@ -34,7 +34,7 @@ TOLERANCE = 1e-3  # on log-probs
 class Options:
     """What `python recipes/export.py` takes."""
 
-    model: str = required(".nemo file, or a Lightning .ckpt")
+    model: str = required(".nemo file, Lightning .ckpt, or a recipe's name for its pretrained one")
     output: str = required("file to write: .onnx, or .ts or .pt for TorchScript")
 
 

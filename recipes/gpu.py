@@ -5,6 +5,7 @@ A PyTorch built for a newer CUDA than the driver knows sees none, says nothing, 
 
 from __future__ import annotations
 
+import argparse
 import subprocess
 import sys
 
@@ -39,7 +40,9 @@ def missing_gpus(wanted: int) -> str:
 
 
 def main(arguments: list[str] | None = None) -> int:
-    problem = missing_gpus(int((sys.argv[1:] if arguments is None else arguments)[0]))
+    parser = argparse.ArgumentParser(prog="python -m recipes.gpu", description=__doc__)
+    parser.add_argument("gpus", type=int, help="how many are asked for")
+    problem = missing_gpus(parser.parse_args(arguments).gpus)
     if problem:
         print(f"run.sh: {problem}", file=sys.stderr)
     return 2 if problem else 0

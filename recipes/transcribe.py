@@ -33,7 +33,7 @@ OUTPUTS = (".txt", ".json")
 class Options:
     """What `python recipes/transcribe.py` takes."""
 
-    model: str = required(".nemo file, or a Lightning .ckpt")
+    model: str = required(".nemo file, Lightning .ckpt, or a recipe's name for its pretrained one")
     audio: Any = required("one audio file or folder, or a list of them, [a.wav,folder]")
     output: Optional[str] = option("file to save to: .txt with path<TAB>text, .json for a manifest", None)
     batch_seconds: Optional[float] = option("padded seconds of audio in a batch, by default by the device", None)

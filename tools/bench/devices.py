@@ -3,7 +3,7 @@
     python -m tools.bench devices --corpus mini --steps 360
     python -m tools.bench devices --manifest train.json --dev dev.json -- size=small
 
-Each number of processes trains the recipe anew with trainer=ddp over gloo on this machine's CPU, one thread each, the
+Each number of processes trains the recipe anew with trainer=cpu_ddp over gloo on this machine's CPU, one thread each, the
 same global batch in seconds, steps and schedule. How far two such runs may lie apart is shown by a second run of one
 process with another seed. Compared at each validation, over all of the validation set: its loss a character and WER.
 """

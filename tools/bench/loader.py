@@ -40,12 +40,10 @@ def padding_waste(cfg, batch_seconds: float | None = None) -> dict[str, float]:
     return {"waste": 1 - real / padded, "batches": batches, "seconds_a_batch": real / batches, "hours": real / 3600}
 
 
-def shards_of(manifest: Path, folder: Path) -> Path | None:
-    """The manifest as shards, for the same loader; None where they cannot be written."""
-    try:
-        from manifests.shards import COMBINED, write_shards
-    except ImportError:
-        return None
+def shards_of(manifest: Path, folder: Path) -> Path:
+    """The manifest as shards, for the same loader."""
+    from manifests.shards import COMBINED, write_shards
+
     write_shards([manifest], folder, hours=0.25)
     return folder / COMBINED
 
@@ -71,11 +69,10 @@ def sources(recipe: str, corpus: str, manifest: Path, batch_seconds: float, scra
 
         return epoch
 
-    found = {"FLAC": epochs(manifest), "FLAC and features": epochs(manifest, features=True)}
-    if (shards := shards_of(manifest, scratch / "shards")) is not None:
-        found["shards"] = epochs(shards)
-    found["cache"] = epochs(manifest, cache=True)
-    return found
+    return {
+        "FLAC": epochs(manifest), "FLAC and features": epochs(manifest, features=True),
+        "shards": epochs(shards_of(manifest, scratch / "shards")), "cache": epochs(manifest, cache=True),
+    }
 
 
 def model_eats(recipe: str, corpus: str, manifest: Path, batch_seconds: float, device, precision: str,

@@ -156,7 +156,7 @@ def _digest(row: dict) -> bytes:
     if is_sharded(row):
         return hashlib.sha1(read_shard(row["audio_filepath"], row)).digest()
     with open(row["audio_filepath"], "rb") as file:
-        return hashlib.file_digest(file, "sha1").digest()
+        return hashlib.sha1(file.read()).digest()
 
 
 def _hit(figures: list[dict], test) -> dict[str, list[dict]]:

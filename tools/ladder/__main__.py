@@ -50,9 +50,11 @@ def main(arguments: list[str] | None = None) -> int:
     changes = {name: _changes(parser, name, getattr(args, name)) for name in ("target", "epochs", "minutes")}
     set_threads()
     quiet_imports()
+    from recipes.data import DataError
+
     try:
         return _one_batch(args) if args.rungs == "batch" else _ladder(args, changes)
-    except (ConfigError, ManifestError, RungFailed) as error:
+    except (ConfigError, DataError, ManifestError, RungFailed) as error:
         print(f"ladder: {error}", file=sys.stderr)
         return EXIT_FAILED
 

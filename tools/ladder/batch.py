@@ -119,7 +119,7 @@ def learn_by_heart(model, rows: list[dict], lr: float, max_steps: int, device="c
 
 
 def climb(cfg, max_steps: int) -> dict:
-    """Both rungs for a composed configuration; returns what was measured. Raises RungFailed."""
+    """The rung of one batch for a composed configuration; returns what was measured. Raises RungFailed."""
     return climb_with_model(cfg, max_steps)[0]
 
 
@@ -138,7 +138,8 @@ def climb_with_model(cfg, max_steps: int):
     manifests = cfg.model.train_ds.manifest_filepath
     rows = read_rows(manifests if isinstance(manifests, str) else list(manifests))
     with open_dict(cfg):
-        fill_in(cfg)
+        # A text that the labels cannot spell is told by file and line, as in training.
+        fill_in(cfg, None if cfg.model.get("tokenizer") else cfg.model.labels)
     model = build_model(cfg)
     fit = check_fit(model, [row for row in rows if row["duration"] <= cfg.model.train_ds.max_duration])
     print(

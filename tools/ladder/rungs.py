@@ -58,7 +58,7 @@ HEART = Rung("64", target=0.05, utterances=64, epochs=250, minutes=60, short=Tru
 # Too much to be known by heart before sounds are learned. Blanks, one letter and words that are frequent everywhere
 # leave an error above 60 %, a model that spells by sound but has heard too little is at 30 to 50 %; one letter in five
 # is out of reach for both. Measured in evaluation mode on what is trained on, so dropout and masks do not count.
-# 100 passes over 1 h are 2250 steps of 160 s.
+# 100 passes over 1 h are 5,625 steps of 64 s.
 HOUR = Rung("1h", target=0.20, seconds=3600.0, epochs=100, minutes=150)
 
 # The recipe as it is, with its own number of passes. The target is on dev, the error that counts. 30 % is what a small

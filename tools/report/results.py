@@ -21,6 +21,11 @@ and hypotheses (lower case, one kind of apostrophe, white space collapsed); in b
 over utterances. Time is that of training alone. A run's curve is behind its recipe's name: step, seconds, loss, error rates,
 blank rate, learning rate, gradient norm, throughput. Made by `python -m tools.report.results`.
 """
+SPEED = """## Speed
+
+Train steps, loaders, batches, manifests and evaluation against the parts that a user would take instead, in pairs, with hardware,
+commands and commits: [tools/bench/results/README.md](tools/bench/results/README.md).
+"""
 
 
 def runs(root: Path) -> list[tuple[str, str, Path, dict]]:
@@ -66,7 +71,7 @@ def page(root: Path = ROOT) -> str:
     lines = [HEAD]
     for corpus in sorted({run[0] for run in found}):
         lines += section(corpus, [run for run in found if run[0] == corpus], root)
-    return "\n".join(lines)
+    return "\n".join([*lines, SPEED])
 
 
 def main() -> int:
