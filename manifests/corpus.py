@@ -11,6 +11,7 @@ is reported. Another corpus needs a module that makes a native tree and a YAML.
 from __future__ import annotations
 
 import argparse
+import hashlib
 import sys
 from pathlib import Path
 
@@ -20,6 +21,7 @@ from manifests.librispeech import CorpusError, build_rows, find_root, list_subse
 from manifests.schema import ManifestError, write_manifest
 
 CONF = Path(__file__).resolve().parent.parent / "conf" / "corpus"
+SHUFFLED_ROWS = 40_000  # bucket_buffer_size and shuffle_buffer_size of conf/base.yaml
 
 
 def load(name: str) -> dict:
@@ -98,6 +100,9 @@ def build(name: str, root: Path, out: Path, workers: int = 1) -> dict[str, list[
         wanted = ", ".join(corpus["splits"]["train"]["subsets"])
         raise CorpusError(f"{root}: nothing to train on: none of {wanted} is there")
     _fill_empty(splits)
+    if len(corpus["splits"]["train"]["subsets"]) > 1 and len(splits["train"]) > SHUFFLED_ROWS:
+        # Training shuffles over so many rows: in the order of the subsets each epoch would end on the last of them.
+        splits["train"].sort(key=lambda row: hashlib.sha1(row["utterance"].encode()).digest())
     for split, rows in splits.items():
         write_manifest(out / f"{split}.json", rows)
         hours = sum(row["duration"] for row in rows) / 3600

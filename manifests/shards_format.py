@@ -73,7 +73,7 @@ def read_shard(path: str, row: dict[str, Any]) -> bytes:
     return data[BLOCK:]
 
 
-@lru_cache(maxsize=128)
+@lru_cache(maxsize=512)  # 960 h are 241 tars
 def _open(tar: str) -> BinaryIO:
     # Opening costs a round trip on a file system shared by many nodes. Reads say where, so processes can share it.
     return open(tar, "rb", buffering=0)

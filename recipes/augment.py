@@ -12,6 +12,7 @@ from nemo.core.classes.common import typecheck
 from torch import Tensor
 
 FRAMES_MULTIPLE = 16  # half of it is 2 % of a mini utterance
+GPU_MULTIPLE = 32  # 8 after an encoder's 4: attention copies a bias whose rows are no multiple of 8
 
 
 class WarpedSpectrogramAugmentation(SpectrogramAugmentation):

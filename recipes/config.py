@@ -9,11 +9,14 @@ from __future__ import annotations
 import argparse
 import difflib
 import inspect
+import os
 import sys
 from pathlib import Path
 
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
+
+from recipes.threads import usable_cores
 
 ROOT = Path(__file__).resolve().parent.parent
 CONF = ROOT / "conf"
@@ -30,7 +33,32 @@ def cpu_precision() -> str:
     return "bf16-mixed" if "avx512_bf16" in flags or "amx_bf16" in flags else "32"
 
 
+def gpu_precision() -> str:
+    """bf16-mixed on GPUs that multiply in bfloat16 (Ampere and newer), else 32: older ones imitate it, many times slower.
+
+    Asked of nvidia-smi, as the configuration is composed before torch is imported; the slowest GPU decides.
+    """
+    from recipes.gpu import asked_of_driver
+
+    capabilities = [float(line) for line in asked_of_driver("compute_cap") if line.replace(".", "", 1).isdigit()]
+    return "32" if capabilities and min(capabilities) < 8.0 else "bf16-mixed"
+
+
+def loader_workers(accelerator: str, devices) -> int:
+    """Processes that read audio: 2 beside a CPU, which has the model to compute; the cores of a GPU's process but one."""
+    if accelerator == "cpu":
+        return 2
+    # SLURM's tasks have cores of their own; processes that Lightning starts share the machine's.
+    sharing = 1 if "SLURM_PROCID" in os.environ or not isinstance(devices, int) else max(devices, 1)
+    return max(2, min(MOST_WORKERS, usable_cores() // sharing - 1))
+
+
+MOST_WORKERS = 12
+
 OmegaConf.register_new_resolver("cpu_precision", cpu_precision, replace=True)
+OmegaConf.register_new_resolver("gpu_precision", gpu_precision, replace=True, use_cache=False)
+OmegaConf.register_new_resolver("loader_workers", loader_workers, replace=True)
+OmegaConf.register_new_resolver("on_gpu", lambda accelerator, yes, no: no if accelerator == "cpu" else yes, replace=True)
 OmegaConf.register_new_resolver("len", lambda items: len(items), replace=True)
 OmegaConf.register_new_resolver("at_least", max, replace=True)
 OmegaConf.register_new_resolver("middle_block", lambda blocks: max((blocks - 1) // 2, 0), replace=True)  # from 0

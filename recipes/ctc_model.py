@@ -25,7 +25,7 @@ from nemo.core.classes.mixins import AccessMixin
 from omegaconf import DictConfig, OmegaConf, open_dict
 from torch import Tensor
 
-from recipes.augment import change_tempo, round_up_frames
+from recipes.augment import FRAMES_MULTIPLE, GPU_MULTIPLE, change_tempo, round_up_frames
 from recipes.consistency import consistency_loss, two_views
 from recipes.ctc_loss import CTCLoss
 from recipes.data import (
@@ -167,7 +167,7 @@ class _RecipeModel:
         if tempo := self._cfg.get("tempo", 0.0):
             factor = 1 + tempo * self._alike.uniform(-1, 1)  # one for all devices, which wait for the slowest
             features_BDT, feature_lengths = change_tempo(features_BDT, feature_lengths, factor)
-        features_BDT = round_up_frames(features_BDT)
+        features_BDT = round_up_frames(features_BDT, GPU_MULTIPLE if features_BDT.is_cuda else FRAMES_MULTIPLE)
         if consistency:
             features_BDT, feature_lengths, targets_BS, target_lengths = two_views(
                 features_BDT, feature_lengths, targets_BS, target_lengths

@@ -260,8 +260,8 @@ def lhotse_loader(config, encode, rank: int, world_size: int, preprocessor=None)
 
     config = OmegaConf.create(config)
     cache = FeatureCache(preprocessor) if config.pop("cache_features", False) else None
-    if cache is not None:
-        config.num_workers = 0
+    if cache is not None:  # features lie in this process, and on the model's device
+        config.num_workers, config.pin_memory = 0, False
     manifest, stream = config.get("manifest_filepath"), config.get("tarred_audio_filepaths") or config.get("shar_path")
     at_random = isinstance(manifest, str) and Path(manifest).name == COMBINED and not stream
     dataset = CutsDataset(encode, cache, manifest if at_random else None)

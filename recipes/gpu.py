@@ -8,16 +8,22 @@ from __future__ import annotations
 import argparse
 import subprocess
 import sys
+from functools import lru_cache
+
+
+@lru_cache(maxsize=None)
+def asked_of_driver(what: str) -> tuple[str, ...]:
+    """What nvidia-smi says of each GPU (`driver_version`, `compute_cap`, ...), nothing where it cannot be asked."""
+    asked = ["nvidia-smi", f"--query-gpu={what}", "--format=csv,noheader"]
+    try:
+        return tuple(subprocess.run(asked, capture_output=True, text=True, timeout=30).stdout.split())
+    except (OSError, subprocess.TimeoutExpired):
+        return ()
 
 
 def driver_version() -> str:
     """The NVIDIA driver's version as nvidia-smi gives it, `unknown` where that cannot be asked."""
-    try:
-        asked = ["nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader"]
-        lines = subprocess.run(asked, capture_output=True, text=True, timeout=30).stdout.split()
-    except (OSError, subprocess.TimeoutExpired):
-        lines = []
-    return lines[0] if lines else "unknown"
+    return (*asked_of_driver("driver_version"), "unknown")[0]
 
 
 def missing_gpus(wanted: int) -> str:

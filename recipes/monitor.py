@@ -47,9 +47,11 @@ class Progress(Callback):
         self.rows: list[dict] = []
         # Read now: exp_manager moves the files of an earlier sitting to run_0, run_1, ... before training starts.
         self._earlier: list[dict] = []
-        if self.path.is_file():
+        try:
             with open(self.path, newline="") as file:
                 self._earlier = [row for row in csv.DictReader(file) if row["step"]]
+        except FileNotFoundError:  # a first sitting; or the first process has moved it already, which alone needs it
+            pass
         self._mark = self._printed = None
         self._since: dict | None = None
 

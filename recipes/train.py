@@ -16,6 +16,7 @@ from pathlib import Path
 if not __package__:  # started by path: the project's root in place of this folder, whose nemo.py would hide NeMo
     sys.path[0] = str(Path(__file__).resolve().parent.parent)
 
+from recipes import cluster
 from recipes.config import CONF, COMPUTED, ConfigError, check_against_code, compose, hydra_arguments, recipes
 from recipes.pretrained import FOLDERS, pretrained_path
 from recipes.quiet import quiet_imports, quiet_nemo
@@ -41,6 +42,7 @@ def main(arguments: list[str] | None = None) -> int:
     except ConfigError as error:
         print(f"train.py: {error}", file=sys.stderr)
         return EXIT_CONFIG
+    cluster.start_processes_here(trainer.num_nodes, trainer.devices)
     set_threads(max(trainer.devices, 1) if isinstance(trainer.devices, int) else 1)
     quiet_imports()
     from nemo.core.config import hydra_runner
@@ -112,6 +114,7 @@ def fit(cfg):
     from nemo.utils.get_rank import is_global_rank_zero
     from omegaconf import OmegaConf, open_dict
 
+    from manifests.schema import write_atomic
     from recipes import resume
     from recipes.gpu import missing_gpus
     from recipes.monitor import Progress, SaveLast, WandbMedia
@@ -126,11 +129,11 @@ def fit(cfg):
         folder.mkdir(parents=True, exist_ok=True)
     pl.seed_everything(cfg.seed, workers=True, verbose=False)
     lock = resume.hold(folder) if is_global_rank_zero() else None  # held until this function returns  # noqa: F841
-    if is_global_rank_zero():
+    if is_global_rank_zero():  # it alone: later it rewrites what the others would read
         if left_out:
             print(left_out, flush=True)
         resume.settle_checkpoints(folder)
-    resume.refuse_another_run(folder, cfg)
+        resume.refuse_another_run(folder, cfg)
     last = resume.last_checkpoint(folder)
     if last is not None and (steps := resume.steps_done(last)) >= cfg.trainer.max_steps:
         if is_global_rank_zero():
@@ -147,11 +150,12 @@ def fit(cfg):
             # cuDNN's attention makes a plan for each new shape, and training cannot take it: its mask has a gradient.
             torch.backends.cuda.enable_cudnn_sdp(False)
         trainer = pl.Trainer(**OmegaConf.to_container(cfg.trainer, resolve=True), callbacks=callbacks)
+        cluster.check_world(trainer.world_size, device_count(cfg.trainer) * cfg.trainer.num_nodes)
         exp_manager(trainer, OmegaConf.to_container(cfg.exp_manager, resolve=True))
         if trainer.is_global_zero:
             progress.restore()
             resume.put_back(folder)
-            OmegaConf.save(cfg, folder / "config.yaml", resolve=True)
+            write_atomic(folder / "config.yaml", OmegaConf.to_yaml(cfg, resolve=True).encode())
         model = build_model(cfg, trainer)
     if trainer.is_global_zero:
         parameters = sum(p.numel() for p in model.parameters()) / 1e6
@@ -164,7 +168,8 @@ def fit(cfg):
     for logger in trainer.loggers:
         if hasattr(logger, "experiment") and type(logger).__name__ == "WandbLogger" and trainer.is_global_zero:
             logger.experiment.config.update(OmegaConf.to_container(cfg, resolve=True), allow_val_change=True)
-    trainer.fit(model)
+    with cluster.children_end_with(trainer):
+        trainer.fit(model)
     return model
 
 

@@ -194,8 +194,10 @@ def check_equal(ours: Side, theirs: Side, batch: FeatureBatch, grads_as_theirs: 
             if isinstance(module, nn.RNNBase) and not module.dropout:
                 module.train()  # cuDNN computes no gradients otherwise
         side.optimizer.zero_grad(set_to_none=True)
-        log_probs, lengths = side.log_probs(batch)
-        side.loss(log_probs, batch.targets, lengths, batch.target_lengths).backward()
+        # TF32 would round their pointwise convolutions and not our linear layers, which are the same products.
+        with torch.backends.cudnn.flags(allow_tf32=False):
+            log_probs, lengths = side.log_probs(batch)
+            side.loss(log_probs, batch.targets, lengths, batch.target_lengths).backward()
         grads = {name: parameter.grad for name, parameter in side.encoder.named_parameters(remove_duplicate=False)}
         kept = log_probs.detach() * valid_mask(lengths, log_probs.shape[1])[..., None]
         results.append((kept, lengths, grads_as_theirs(grads) if side is ours else grads))

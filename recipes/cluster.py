@@ -1,0 +1,65 @@
+"""Several processes: who starts them, whether all are there, and that none outlives the first. Imports nothing heavy."""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+from recipes.config import ConfigError
+
+PATIENCE = 60.0  # seconds that the other processes have to end by themselves, once training has failed
+
+
+def start_processes_here(nodes: int, devices) -> None:
+    """Takes SLURM's variables out of the environment where Lightning is to start the processes of one node itself.
+
+    In an interactive job, or one of a single task, they name one process: Lightning would train with one device on its
+    share of the batch, and those that it starts would all take themselves for the first.
+    """
+    tasks = os.environ.get("SLURM_NTASKS", "1")
+    one_of_many = "RANK" in os.environ or tasks.isdigit() and isinstance(devices, int) and int(tasks) >= devices
+    if nodes == 1 and isinstance(devices, int) and devices > 1 and not one_of_many:
+        for name in ("SLURM_NTASKS", "SLURM_PROCID", "SLURM_LOCALID"):
+            os.environ.pop(name, None)
+
+
+def check_world(processes: int, wanted: int) -> None:
+    """Raises ConfigError where the training has another number of processes than its batches are divided among."""
+    if processes != wanted:
+        raise ConfigError(
+            f"{wanted} devices are configured (trainer.devices, trainer.num_nodes) and {processes} processes are there: "
+            "start one task a device (srun --ntasks-per-node, torchrun --nproc-per-node), or configure as many"
+        )
+
+
+@contextmanager
+def children_end_with(trainer) -> Iterator[None]:
+    """Ends the processes that Lightning has started for the other devices where training ends with an error in this one.
+
+    They would wait half an hour in a collective operation, on GPUs that are not free then. What all agree to end for
+    (SIGTERM, divergence) they end for by themselves, and are given time. Lightning's own observer would kill this
+    process as soon as it saw one of them end with a status: it is left nothing to see.
+    """
+    try:
+        yield
+    except BaseException:
+        launcher = getattr(trainer.strategy, "launcher", None)
+        processes = getattr(launcher, "procs", [])
+        children = list(processes)
+        processes.clear()
+        _end(children)
+        raise
+
+
+def _end(children: list[subprocess.Popen]) -> None:
+    until = time.monotonic() + (PATIENCE if all(child.poll() in (None, 0, 143, 3) for child in children) else 0)
+    for child in children:
+        try:
+            child.wait(max(until - time.monotonic(), 0.0))
+        except subprocess.TimeoutExpired:
+            child.send_signal(signal.SIGKILL)
+            child.wait()
