@@ -66,3 +66,20 @@ def test_what_cannot_be_fetched_is_one_line(server, tiny, capsys):  # noqa: F811
     assert capsys.readouterr().err.splitlines()[-1].startswith("error: ")
     assert corpus.main(["fetch", "huge"]) == 1
     assert capsys.readouterr().err == "error: no corpus 'huge': there are tiny\n"
+
+
+@pytest.mark.parametrize("shuffled_over", [5, 12])
+def test_a_train_split_larger_than_training_shuffles_over_has_its_subsets_mixed(tmp_path, monkeypatch, tiny, shuffled_over):
+    (corpus.CONF / "two.yaml").write_text(
+        "name: two\nsource: librispeech\nroot: x\nsplits: {train: {subsets: [a, b]}, dev: {subsets: [a]}}\n")
+    made = {name: [{"audio_filepath": f"/{name}{i}.flac", "duration": 1.0, "text": "x", "speaker": "s",
+                    "utterance": f"{name}-{i}"} for i in range(6)] for name in "ab"}
+    monkeypatch.setattr(corpus, "find_root", lambda root: root)
+    monkeypatch.setattr(corpus, "list_subsets", lambda root: ["a", "b"])
+    monkeypatch.setattr(corpus, "build_rows", lambda root, subset, ids, workers: list(made[subset]))
+    monkeypatch.setattr(corpus, "SHUFFLED_ROWS", shuffled_over)
+    train = [row["utterance"] for row in corpus.build("two", tmp_path, tmp_path / "out")["train"]]
+    plain = [row["utterance"] for name in "ab" for row in made[name]]
+    assert sorted(train) == plain and (train == plain) is (shuffled_over == 12)
+    assert train == [row["utterance"] for row in corpus.build("two", tmp_path, tmp_path / "out")["train"]]
+    assert {name[0] for name in train[:6]} == ({"a"} if shuffled_over == 12 else {"a", "b"})
