@@ -140,7 +140,7 @@ def fit(cfg):
             print(f"training is complete: step {steps} of {cfg.trainer.max_steps}", flush=True)
         return None
     progress = Progress(folder, every_n_steps=cfg.trainer.log_every_n_steps)
-    callbacks = [progress, SaveLast(), WandbMedia(), Doctor(folder=folder)]
+    callbacks = [progress, SaveLast(), WandbMedia(), Doctor(folder=folder, recipe=cfg.name, corpus=cfg.corpus.name)]
     if cfg.exp_manager.create_wandb_logger and not os.environ.get("WANDB_API_KEY") and not _wandb_login():
         os.environ.setdefault("WANDB_MODE", "offline")
     with _building():

@@ -10,6 +10,8 @@ from __future__ import annotations
 import logging
 import math
 import random
+from collections.abc import Callable
+from contextlib import nullcontext
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -18,6 +20,7 @@ from torch import Tensor, nn
 from torch.nn.utils.rnn import PackedSequence, pad_packed_sequence
 
 from tools.doctor.alone import alone
+from tools.doctor.devices import FROM_ANOTHER
 from tools.doctor.trace import BadStep
 
 log = logging.getLogger("doctor")
@@ -48,6 +51,7 @@ class Watch:
     model: nn.Module
     leaves_only: bool = False
     times: tuple[int, ...] = ()  # lengths that a time axis may have
+    counted: Callable = nullcontext  # within it a hook works, to count its time
     outputs: list[Output] = field(default_factory=list)
 
     def __enter__(self) -> Watch:
@@ -66,7 +70,7 @@ class Watch:
     def _hook(self, name: str):
         def see(module, arguments, keywords, output):
             try:
-                with torch.no_grad():
+                with self.counted(), torch.no_grad():
                     self._keep(name, module, (arguments, keywords), output)
             except Exception:  # no memory, a kind of tensor that knows no maximum: the model's own pass goes on
                 log.debug("output of %s", name, exc_info=True)
@@ -208,6 +212,25 @@ def examine_batch(model, batch, batch_idx: int, step: int, state: RandomState | 
     return bad
 
 
+def first_bad(bad: BadStep, norm_before: float, scaler: bool, summed: bool) -> BadStep:
+    """The BadStep with what the run's other steps say of it, told to the log.
+
+    Args:
+        norm_before: gradient norm of the step before, NaN where there was none.
+        scaler: the gradient alone is not finite, under a gradient scaler that has lost its patience.
+        summed: it alone is not finite, and is a sum over several devices.
+    """
+    if math.isfinite(norm_before):
+        bad.details["gradient norm of the step before"] = norm_before
+    if scaler:
+        bad.origin = "backward"
+    elif summed:
+        bad.details[FROM_ANOTHER] = "it came from another device, where the loss is not finite: see its own log"
+    log.warning("doctor: step %d: %s is not finite; origin: %s %s; utterances %s", bad.step, bad.what, bad.origin,
+                bad.module, ", ".join(bad.utterances[:8]))
+    return bad
+
+
 def forward_again(model, batch, batch_idx: int, state: RandomState | None, call) -> list[Output]:
     """Outputs of all modules for the batch, computed once more; the model is as before afterwards."""
     now = RandomState(next(model.parameters()).device)
@@ -259,6 +282,12 @@ def _autocast(model) -> dict:
     precision = str(getattr(getattr(model, "_trainer", None), "precision", "32"))
     kinds = {"bf16-mixed": torch.bfloat16, "16-mixed": torch.float16}
     return {"dtype": kinds[precision]} if precision in kinds else {"enabled": False}
+
+
+def loss_scale(trainer) -> float:
+    """By what a gradient scaler has multiplied the loss that goes into the backward pass."""
+    scaler = getattr(trainer.precision_plugin, "scaler", None)
+    return 1.0 if scaler is None else scaler.get_scale()
 
 
 def _quiet_step(model, batch, batch_idx: int) -> None:

@@ -4,7 +4,7 @@ At each step it asks once whether loss and gradient are finite; every few steps 
 the size of the step and the time waited for data; all of that within a share of the run's time (`budget`), less often
 where it costs more. A batch that is not finite is computed again, before the optimizer has touched the weights, with
 every module watched. It changes nothing in the model and nothing in what is learned. The report is written to
-`<run>/doctor/` at the end, at a stop, and whenever something new that prevents learning is found.
+`<run>/doctor/` at the end, at a stop, every minute, and whenever something new that prevents learning is found.
 """
 
 from __future__ import annotations
@@ -19,9 +19,9 @@ import torch
 from lightning.pytorch import Callback
 from torch import Tensor
 
-from tools.doctor import devices, listen, utterances
+from tools.doctor import devices, listen, saved, utterances
 from tools.doctor.alone import alone, possible
-from tools.doctor.autopsy import RandomState, Watch, broken_parameters, examine_batch
+from tools.doctor.autopsy import RandomState, Watch, broken_parameters, examine_batch, first_bad, loss_scale
 from tools.doctor.causes import name_causes
 from tools.doctor.delivered import Delivered
 from tools.doctor.finding import Finding, Report
@@ -31,18 +31,22 @@ from tools.doctor.live import (
     follow_rate, is_scalar, keep_gradients, optimizer_findings, planned_steps, probe_model, run_folder, save, scanned,
     schedule_findings, settings_of,
 )
+from tools.doctor.logs import ended_by
 from tools.doctor.metrics import Tally
+from tools.doctor.nonfinite import SCALER_PATIENCE
 from tools.doctor.pace import Pace
+from tools.doctor.recount import Recount
 from tools.doctor.registry import NotExamined
 from tools.doctor.run import diagnose
+from tools.doctor.speaking import announce, troubled
 from tools.doctor.trace import Trace
 
 log = logging.getLogger("doctor")
 
 BAD_IN_A_ROW = 3  # non-finite steps, parameters still whole, before a run is said to be lost
-SCALER_PATIENCE = 10  # a gradient scaler for float16 looks for its scale by overflowing
 PROBE_STEPS = 50  # a shorter run that is still on its first plateau is only a trial
 SCAN_EVERY = 200  # steps between two looks at the outputs of all modules
+SAVE_EVERY = 60.0  # seconds: what a run that is killed leaves of it is no older
 
 
 class Doctor(Callback):
@@ -54,27 +58,35 @@ class Doctor(Callback):
         folder: of the run; default: where the run's loggers write.
         budget: share of the run's time that optional looks may take.
         probe: whether, at the end of a run that did not learn, the model is probed as `check` does.
+        recipe, corpus: names of ours, to compare the curve with that of healthy runs.
     """
 
     def __init__(self, stop: bool = False, every_n_steps: int = 10, folder: str | Path | None = None,
-                 budget: float = 0.01, probe: bool = True):
+                 budget: float = 0.01, probe: bool = True, recipe: str = "", corpus: str = ""):
         if every_n_steps < 1 or not 0 < budget < 1:
             raise ValueError(f"Doctor(every_n_steps={every_n_steps}, budget={budget}): from 1 up, and between 0 and 1")
-        self.stop, self.every_n_steps, self.probe = stop, every_n_steps, probe
-        self.folder = None if folder is None else Path(folder)
-        self.trace = Trace()
+        self.stop, self.every_n_steps, self.budget, self.probe = stop, every_n_steps, budget, probe
+        self.given_folder, self.recipe, self.corpus = folder, recipe, corpus
+        self._listener = listen.CTCListener()
+        self._begin()
+
+    def _begin(self) -> None:
+        """Nothing is known of the run yet; `fit` may be called again, with another model."""
+        self.folder = None if self.given_folder is None else Path(self.given_folder)
+        self.trace = Trace(recipe=self.recipe, corpus=self.corpus)
         self.fixed: list[Finding] = []  # found once, in the set-up, a scan or the metrics
         self.examined: list[str] = []
         self.not_examined: list[str] = []
-        self.pace = Pace(every_n_steps, budget)
-        self._listener = listen.CTCListener()
+        self.pace = Pace(self.every_n_steps, self.budget)
         self._told: set[str] = set()
         self._batch_ended = None
         self._bad_in_a_row = 0
         self._recent: deque = deque(maxlen=1000)
         self._waits: list[float] = []
-        self._tally: Tally | None = None
+        self._recount = Recount()
         self._model = None
+        self._last_norm = self._norm_before = math.nan
+        self._saved = time.perf_counter()
         self._ends = self._off = False
         self._asked = 0  # step at which all devices last asked each other whether to end
         self._computes_alone = True
@@ -87,9 +99,13 @@ class Doctor(Callback):
 
     # ---- the run -------------------------------------------------------------------------------------------
 
+    def setup(self, trainer, pl_module, stage):
+        if stage == "fit":
+            self._begin()
+
     @guarded
     def on_train_start(self, trainer, pl_module):
-        self._model, self._final = pl_module, None
+        self._model = pl_module
         if any(type(p).__name__ == "DTensor" for p in pl_module.parameters()):
             raise TypeError("each device holds a part of each parameter; runs on one device and with DDP are watched")
         self.folder = self.folder or run_folder(trainer)
@@ -108,8 +124,7 @@ class Doctor(Callback):
         self._delivered = Delivered(manifests, utterances.rate_of(pl_module), utterances.frame_rate_of(pl_module))
         self._listener.open()
         self._computes_alone = possible(trainer)
-        self.pace.begun = time.perf_counter()
-        self._batch_ended = None
+        self.pace.begun = self._saved = time.perf_counter()
         self._announce(trainer)
 
     @guarded
@@ -127,7 +142,7 @@ class Doctor(Callback):
             self._looks = step % self.pace.stride == 0 or step < 5
             self._watch = None
             if step in (0, 20) or (step % SCAN_EVERY == 0 and self.pace.affordable()):
-                self._watch = Watch(pl_module, leaves_only=True)
+                self._watch = Watch(pl_module, leaves_only=True, counted=lambda: self.pace.counted(pl_module.device))
                 self._watch.__enter__()
 
     def _first_step(self, trainer, model) -> None:
@@ -146,6 +161,8 @@ class Doctor(Callback):
             if asks:
                 self.fixed = keep_gradients(self.fixed, trainer, pl_module)
             self._loss = loss.detach() * trainer.accumulate_grad_batches
+            if self._listener.call is None:  # else the loss is the one that was heard
+                self._loss /= loss_scale(trainer)
             self._end_scan()
 
     @guarded
@@ -188,6 +205,8 @@ class Doctor(Callback):
                 self.trace.thin()
                 self.pace.adapt()
                 self._announce(trainer)
+            if trainer.is_global_zero and time.perf_counter() - self._saved > SAVE_EVERY:
+                self._save(trainer, self.report())
         self._batch_ended = time.perf_counter()
 
     @guarded
@@ -204,14 +223,14 @@ class Doctor(Callback):
     def on_train_end(self, trainer, pl_module):
         self.trace.ended = True
         self._ask_others(trainer)
-        self._finish(trainer, pl_module)
+        self._finish(trainer)
 
     @guarded
     def on_exception(self, trainer, pl_module, exception):
         if self.pace.begun is not None and not isinstance(exception, KeyboardInterrupt):
-            self.trace.messages.append(("trainer", f"{type(exception).__name__}: "
-                                                   f"{' '.join(str(exception).split())[:300]}"))
-        self._finish(trainer, pl_module, alone=True)
+            self.fixed.append(ended_by(exception, self.trace.last_step, self.trace.planned))
+        # Whoever ends it by hand or by a signal waits, and kills it after half a minute.
+        self._finish(trainer, alone=True, probes=not isinstance(exception, (KeyboardInterrupt, SystemExit)))
 
     def teardown(self, trainer, pl_module, stage):
         self._listener.close()
@@ -221,23 +240,20 @@ class Doctor(Callback):
     @guarded
     def on_validation_epoch_start(self, trainer, pl_module):
         self._batch_ended = None  # the time of a validation is no waiting for data
-        self._tally = None
-        if self.pace.begun is not None and not trainer.sanity_checking and Tally.wanted(self.fixed, self.examined):
-            self._tally = Tally(pl_module)
+        if self.pace.begun is not None and not trainer.sanity_checking:
+            self._recount.open(trainer, pl_module, self.fixed, self.examined)
 
     @guarded
     def on_validation_batch_start(self, trainer, pl_module, batch, batch_idx, dataloader_idx=0):
         self._listener.clear()
-        self._listener.active = self._tally is not None
+        self._listener.active = self._recount.hears(dataloader_idx)
 
     @guarded
     def on_validation_batch_end(self, trainer, pl_module, outputs, batch, batch_idx, dataloader_idx=0):
-        with self.pace.counted(pl_module.device if self._tally is not None else None):
-            if self._tally is not None:
-                # One loader, with a loss that could be heard, within the time there is; else the comparison is off.
-                whole = dataloader_idx == 0 and self._listener.call is not None and self.pace.affordable(5.0)
-                self._tally = self._tally if whole and self._tally.add(self._listener.call) else None
-            self._listener.clear()
+        if self._recount.hears(dataloader_idx):
+            with self.pace.counted(pl_module.device):
+                self._recount.take(self._listener.call, self.pace.affordable(2.0, least=50.0))
+        self._listener.clear()
 
     @guarded
     def on_validation_end(self, trainer, pl_module):
@@ -249,12 +265,9 @@ class Doctor(Callback):
             for key in ("val_loss", "val_wer", "val_cer", "val_blank_rate"):
                 if key in metrics:
                     self.trace.add(key, step, metrics[key])
-            if self._tally is not None and trainer.world_size == 1:
-                judged = self._tally.judge(metrics)
-                if judged is not None:
-                    self.examined.append(self._tally.title)
-                    self.fixed += judged
-            self._tally = None
+            if (judged := self._recount.close(metrics)) is not None:
+                self.examined.append(Tally.title)
+                self.fixed += judged
             self._announce(trainer)
         self._batch_ended = None
 
@@ -283,10 +296,12 @@ class Doctor(Callback):
             self.trace.add("loss", step + 1, loss)
         if norm is not None:
             self.trace.add("grad_norm", step + 1, gradient)
-            self._last_norm, self._norm_before = gradient, getattr(self, "_last_norm", float("nan"))
+            self._last_norm, self._norm_before = gradient, self._last_norm
         self.trace.loss_unit = "character" if call is not None else "unknown"
         if call is not None and not flags[3]:
-            names = self._names(self._batch[0], model, call) if len(self.trace.infeasible) < 20 else []
+            names = []
+            if len(self.trace.infeasible) < 20:  # after the first, manifests are read only where there is time
+                names = self._names(self._batch[0], model, call, not self.trace.infeasible or self.pace.affordable())
             utterances.note_infeasible(self.trace, self._recent, need, room, names)
         if not (flags[0] and flags[1]) or not flags[2]:
             self._non_finite(trainer, model, call, gradient_only=bool(flags[0] and flags[1]))
@@ -301,19 +316,9 @@ class Doctor(Callback):
         self.trace.bad_steps += 1
         if self.trace.bad is None:
             batch, index = self._batch
-            names = self._names(batch, model, call)
-            bad = examine_batch(model, batch, index, trainer.global_step + 1, self._state, call, gradient_only, names,
-                                self._computes_alone)
-            if math.isfinite(before := getattr(self, "_norm_before", math.nan)):
-                bad.details["gradient norm of the step before"] = before
-            if scaler:
-                bad.origin = "backward"
-            elif gradient_only and trainer.world_size > 1:  # gradients are summed over devices before this
-                bad.details[devices.FROM_ANOTHER] = ("it came from another device, where the loss is not finite: see "
-                                                     "its own log")
-            self.trace.bad = bad
-            log.warning("doctor: step %d: %s is not finite; origin: %s %s; utterances %s", bad.step, bad.what,
-                        bad.origin, bad.module, ", ".join(names[:8]))
+            bad = examine_batch(model, batch, index, trainer.global_step + 1, self._state, call, gradient_only,
+                                self._names(batch, model, call), self._computes_alone)
+            self.trace.bad = first_bad(bad, self._norm_before, scaler, gradient_only and trainer.world_size > 1)
         elif self.trace.bad.origin == "loss" and not gradient_only and self.trace.bad_steps == 2 and call is not None \
                 and not bool(torch.isfinite(call.log_probs).all()):
             self.trace.bad.details["log-probs not finite from step"] = trainer.global_step + 1
@@ -321,9 +326,9 @@ class Doctor(Callback):
         if lost or self.trace.bad_steps == 1:
             self._announce(trainer, lost=lost)
 
-    def _names(self, batch, model, call) -> list[str]:
+    def _names(self, batch, model, call, look_up: bool = True) -> list[str]:
         settings = self.trace.settings
-        manifests = settings.manifests.get("train", []) if settings is not None else []
+        manifests = settings.manifests.get("train", []) if settings is not None and look_up else []
         try:
             return utterances.of_batch(batch, model, call, manifests)
         except Exception as error:  # a name is a help, its lack no reason to lose the finding
@@ -386,11 +391,11 @@ class Doctor(Callback):
         fixed_ids = {finding.id for finding in self.fixed}
         found = [*self.fixed, *[finding for finding in found if finding.id not in fixed_ids]]
         found = devices.joined(found, self._others, 0)
-        report = Report(found, ["run: the curve, by the callback", *self.examined], ruled_out,
-                        [*missing, *self.not_examined])
-        early = self.trace.ended and self.trace.last_step >= PROBE_STEPS
-        troubled = any(f.id.startswith("run-") and (f.weight != "note" or f.id == "run-early" and early) for f in found)
-        if probes and troubled and self._model is not None and self._computes_alone:
+        recount = [self._recount.why_not] if self._recount.why_not and Tally.title not in self.examined else []
+        report = Report(found, [saved.head(self.trace.last_step), *self.examined], ruled_out,
+                        [*missing, *self.not_examined, *recount])
+        over = self.trace.ended and self.trace.last_step >= PROBE_STEPS
+        if probes and troubled(found, over) and self._model is not None and self._computes_alone:
             with alone():  # asked of one rank only, in a run on several devices
                 report = probe_model(self._model, report)
         report.findings = follow_rate(name_causes(report.findings))
@@ -401,16 +406,8 @@ class Doctor(Callback):
     def _announce(self, trainer, lost: bool = False) -> None:
         """Says what is new, once; stops the run where asked to and it is lost."""
         report = self.report()
-        grave = False
-        for finding in report.findings:
-            if finding.weight == "note" or (finding.id, finding.weight) in self._told:
-                continue
-            self._told.add((finding.id, finding.weight))
-            grave |= finding.weight == "prevents"
-            log.warning("doctor: step %d: %s: %s Change: %s", trainer.global_step, finding.id, finding.symptom,
-                        finding.fix[0] if finding.fix else "-")
-        if grave:
-            save(self.folder, report, self.trace, trainer)
+        if announce(trainer, report, self._told):
+            self._save(trainer, report)
         # A single batch that is not finite may be survived: then the parameters are whole afterwards.
         self._ends = lost or any(f.weight == "prevents" and f.confidence >= 0.7 for f in report.findings
                                  if self.trace.bad is None or self._broken())
@@ -429,12 +426,20 @@ class Doctor(Callback):
         """At the end of a run on several devices: rank 0 learns what the others have seen. No rank may leave it out."""
         self._others = devices.ask(trainer, self.trace, lambda: self.report().findings, self.pace.cost)
 
-    def _finish(self, trainer, model, alone: bool = False) -> None:
+    def _save(self, trainer, report: Report, alone: bool = False) -> None:
+        save(self.folder, report, self.trace, trainer, alone)
+        self._saved = time.perf_counter()
+
+    def _finish(self, trainer, alone: bool = False, probes: bool = True) -> None:
         self._listener.close()
+        self._stop_watching()
         if self.pace.begun is None:
             return
         self.examined = [line for line in self.examined if not line.startswith("cost:")]
         self.examined.append(f"cost: {self.pace.share()}")
-        report = self.report(probes=self.probe and trainer.world_size == 1)
-        save(self.folder, report, self.trace, trainer, alone)
+        report = self.report()
+        self._save(trainer, report, alone)  # before the probes, which take seconds: nobody may wait for them
+        if probes and self.probe and trainer.world_size == 1:
+            report = self.report(probes=True)
+            self._save(trainer, report, alone)
         self.pace.begun, self._final = None, report

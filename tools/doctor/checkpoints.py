@@ -5,6 +5,7 @@ Weights only: files are opened with `weights_only=True`, and OmegaConf's contain
 
 from __future__ import annotations
 
+import re
 import tarfile
 from pathlib import Path
 
@@ -13,6 +14,8 @@ from tools.doctor.registry import NotExamined, check
 
 MOST = 6  # checkpoints opened
 MOST_BYTES = 6_000_000_000
+# How torch names parameters, also of recurrent layers and under weight_norm; other names may be of tables and masks.
+PARAMETER = re.compile(r"(weight|bias)(_\w+)?$|\bparametrizations\.\w+\.original\d*$")
 
 
 def find(folder: Path) -> list[Path]:
@@ -62,6 +65,7 @@ def weights_of_the_checkpoints(subject):
     if not paths:
         raise NotExamined("no checkpoint in this folder")
     first, unread = None, []
+    oldest: dict = {}
     last_good: str | None = None
     for path in paths:
         if subject.seconds_left() < 2:
@@ -72,8 +76,8 @@ def weights_of_the_checkpoints(subject):
         except ValueError as error:
             unread.append(str(error))
             continue
-        broken = [name for name, value in weights.items() if value.is_floating_point()
-            and not bool(value.isfinite().all())]
+        broken = [name for name, value in weights.items() if _is_broken(name, value, oldest.get(name))]
+        oldest = oldest or weights
         if broken:
             yield _broken(path, step, broken, last_good)
             break
@@ -90,6 +94,20 @@ def weights_of_the_checkpoints(subject):
                 "A file cut off while it was written, or one that holds more than tensors.", {"files": unread},
                 ["use the checkpoint before it"], 0.8, where=str(paths[-1]))
         raise NotExamined("; ".join(unread[:3]))
+
+
+def _is_broken(name: str, value, before) -> bool:
+    """Whether a tensor is not finite, and was not made so: masks hold -inf, in each checkpoint the same.
+
+    `before`: the tensor of that name in the first checkpoint, None where this is the first.
+    """
+    if not value.is_floating_point() or bool(value.isfinite().all()):
+        return False
+    if bool(value.isnan().any()):
+        return True
+    if before is None:
+        return PARAMETER.search(name) is not None or "running_" in name
+    return not (before.shape == value.shape and bool((before == value).all()))
 
 
 def _broken(path: Path, step, broken: list[str], last_good: str | None) -> Finding:
@@ -112,7 +130,8 @@ def _broken(path: Path, step, broken: list[str], last_good: str | None) -> Findi
 def _unmoved(subject, first, last) -> list[Finding]:
     """Parameters that are bit for bit the same in two checkpoints of different steps.
 
-    Where the run has learned all the same, or began with trained weights, they may have been frozen on purpose.
+    Where the run has learned all the same, or began with trained weights, they may have been frozen on purpose. Tensors
+    that are not named as parameters are counted only where nothing moved at all: a buffer is the same all along.
     """
     import torch
 
@@ -125,11 +144,13 @@ def _unmoved(subject, first, last) -> list[Finding]:
              and not any(part in n for part in ("running_", "num_batches", "preprocessor", "featurizer", "pos_enc",
                  "_metric"))]
     same = [n for n in names if torch.equal(a[n], b[n])]
+    moved = [n for n in names if n not in set(same)]
+    if moved:
+        names, same = ([n for n in group if PARAMETER.search(n)] for group in (names, same))
     values = sum(a[n].numel() for n in names)
     share = sum(a[n].numel() for n in same) / max(values, 1)
     if not same or share < 1e-3:
         return []
-    moved = [n for n in names if n not in set(same)]
     curve = shape(trace_of(subject))
     learned = curve is not None and bool(curve.learned) and not curve.lost
     started = started_from(subject.settings, trained=moved)

@@ -7,16 +7,16 @@ imported only where there are files for them.
 
 from __future__ import annotations
 
-import csv
-import json
-import re
 import time
 from pathlib import Path
 from statistics import median
 
-from tools.doctor.finding import Finding, Report
+from tools.doctor import folders, saved
+from tools.doctor.curves import STEP_NAMES, joined, read_csv, read_events
+from tools.doctor.finding import Finding
+from tools.doctor.logs import LOGS, read_logs, run_ended
 from tools.doctor.registry import NotExamined, check
-from tools.doctor.trace import BadStep, Points, Trace
+from tools.doctor.trace import Points, Trace
 
 # Series of a Trace <- names under which trainers log it, the surest first.
 NAMES = {
@@ -30,20 +30,27 @@ NAMES = {
     "val_blank_rate": ("val_blank_rate",),
     "infeasible": ("infeasible_utterances",),
 }
-STEP_NAMES = ("step", "global_step", "trainer/global_step", "steps")
-TIMING = ("train_step_timing in s", "train_step_timing")
-NON_FINITE = ("run-nan", "explodes", "features-bad", "precision-overflow", "data-target-too-long", "loss-wrong")
-LOGS = ("*.log", "*.txt", "*.out", "*.err")
-LOG_BYTES = 20_000_000  # of one log, from its end
 
 
 def trace_of(subject) -> Trace:
-    """The trace of `subject.run`, read once."""
+    """The trace of `subject.run`, read once; of several runs in that folder the newest."""
     trace = subject.__dict__.get("_trace")
     if trace is None:
+        _choose_run(subject)
         trace = subject.__dict__["_trace"] = read_run(subject.run, subject.settings,
             lambda: subject.rows.get("train", []))
     return trace
+
+
+def _choose_run(subject) -> None:
+    """Where the folder holds several runs, the subject is the newest from here on: merged, they would be none."""
+    newest, every = folders.newest_of(subject.run)
+    if every:
+        subject.__dict__["_several"] = (subject.run, every)
+        subject.run = newest
+        if subject.settings is None:
+            subject._open_config()
+            subject._open_manifests()
 
 
 def read_run(folder: Path, settings=None, train_rows=lambda: []) -> Trace:
@@ -59,28 +66,36 @@ def read_run(folder: Path, settings=None, train_rows=lambda: []) -> Trace:
     if settings is not None:
         _plan(trace, settings)
     columns = _columns(folder, trace)
-    for series, names in NAMES.items():
-        name = next((n for n in names if columns.get(n)), None)
+    named = {series: next((n for n in names if columns.get(n)), None) for series, names in NAMES.items()}
+    for series, name in named.items():
         if name is not None:
             trace.series[series] = sorted(columns[name], key=lambda p: p[0])
-            if series == "loss":
-                _unit(trace, name, settings, train_rows)
-    watched = folder / "doctor" / "curve.csv"
-    for name, points in (read_csv(watched) if watched.is_file() else {}).items():
-        if name not in trace.series:
+    if named["loss"] is not None:
+        _unit(trace, named["loss"], settings, train_rows)
+    _take_watched(trace, folder / "doctor" / "curve.csv")
+    read_logs(folder, trace)
+    for path, report in saved.reports(folder).values():
+        if report is None:
+            trace.unread[path] = "no report of the doctor"
+    trace.reported = {finding.id for finding in saved.findings(folder, trace.last_step) if not saved.passed(finding)}
+    last = trace.last_step
+    # Without a plan nothing says that it is over but that no more is written.
+    trace.ended = bool(trace.planned) and last >= 0.98 * trace.planned or _quiet_for(folder) > 3600
+    return trace
+
+
+def _take_watched(trace: Trace, path: Path) -> None:
+    """What the callback measured, where the trainer has not logged it, or has logged a loss of which nothing is
+    known."""
+    watched = read_csv(path) if path.is_file() else {}
+    measured = bool(watched.get("loss") and watched.get("level"))
+    for name, points in watched.items():
+        if name not in trace.series or name == "loss" and measured and trace.loss_unit == "unknown":
             trace.series[name] = points
             if name == "loss":
                 trace.loss_unit = "label"  # its level was measured
     if levels := trace.values("level"):
         trace.level = median(levels) if trace.loss_unit != "unknown" else None
-    if (saved := saved_report(folder)) is not None:
-        trace.reported = set(saved.ids)
-    elif (path := folder / "doctor" / "report.json").is_file():
-        trace.unread[path] = "no report of the doctor"
-    _logs(folder, trace)
-    last = trace.last_step
-    trace.ended = not trace.planned or last >= 0.98 * trace.planned or _quiet_for(folder) > 3600
-    return trace
 
 
 def _plan(trace: Trace, settings) -> None:
@@ -103,100 +118,39 @@ def _plan(trace: Trace, settings) -> None:
 
 def _columns(folder: Path, trace: Trace) -> dict[str, Points]:
     """Column -> points, from our curve, else CSV logs; what they lack from TensorBoard. Sources go into the trace."""
-    events = sorted(folder.rglob("events.out.tfevents.*"), key=lambda p: p.stat().st_mtime)
-    logged = _event_columns(folder, events, trace)
-    for path in [folder / "curve.csv", *sorted(folder.rglob("metrics.csv"), key=_age)]:
-        if not path.is_file() or path.parent.name == "doctor":
-            continue
-        if not (columns := read_csv(path)):
-            trace.unread[path] = f"no numbers under a column of steps ({', '.join(STEP_NAMES[:2])})"
-        else:
-            trace.sources.insert(0, str(path.relative_to(folder)))
+    logged = _event_columns(folder, folders.events(folder), trace)
+    curve = folder / "curve.csv"
+    for paths in ([curve] if curve.is_file() else [], folders.csv_logs(folder)):
+        if columns := joined(_csv_columns(folder, paths, trace)):
             known = {series for series, names in NAMES.items() if any(columns.get(name) for name in names)}
             more = [name for series, names in NAMES.items() if series not in known for name in names if name in logged]
             return {**columns, **{name: logged[name] for name in more}}
     return logged
 
 
+def _csv_columns(folder: Path, paths: list[Path], trace: Trace):
+    """Columns of each CSV that has some; sources and what cannot be used go into the trace."""
+    for path in paths:
+        if columns := read_csv(path):
+            trace.sources.insert(0, str(path.relative_to(folder)))
+            yield columns
+        else:
+            trace.unread[path] = f"no numbers under a column of steps ({', '.join(STEP_NAMES[:2])})"
+
+
 def _event_columns(folder: Path, events: list[Path], trace: Trace) -> dict[str, Points]:
     """Columns of TensorBoard files, oldest first; the wait for data goes into the trace."""
-    columns: dict[str, Points] = {}
+    sittings = []
     for path in events[-20:]:
         found, waits = read_events(path)
         if found:
             trace.sources.append(str(path.relative_to(folder)))
         else:
             trace.unread[path] = "no scalars of TensorBoard"
-        for name, points in found.items():
-            # A resumed run writes a new file: what it repeats replaces what the earlier one had after its step.
-            first = points[0][0]
-            columns[name] = [p for p in columns.get(name, []) if p[0] < first] + points
+        sittings.append(found)
         if waits:
             trace.series.setdefault("wait", []).extend(waits)
-    return columns
-
-
-def _age(path: Path) -> float:
-    return -path.stat().st_mtime
-
-
-def read_csv(path: Path) -> dict[str, Points]:
-    """Columns of a CSV with a column of steps; cells that are no number are passed over, NaN and inf are kept.
-
-    A last line without its end is left out: it was cut, and half a number is another number.
-    """
-    columns: dict[str, Points] = {}
-    try:
-        with open(path, newline="", encoding="utf-8", errors="replace") as file:
-            lines = (line for line in file if line.endswith(("\n", "\r")))
-            reader = csv.DictReader(lines)
-            key = next((name for name in STEP_NAMES if name in (reader.fieldnames or ())), None)
-            if key is None:
-                return {}
-            for row in reader:
-                try:
-                    step = int(float(row[key]))
-                except (TypeError, ValueError):
-                    continue
-                for name, cell in row.items():
-                    if name not in (None, key) and isinstance(cell, str) and cell.strip():
-                        try:
-                            columns.setdefault(name, []).append((step, float(cell)))
-                        except ValueError:
-                            continue
-    except (OSError, csv.Error):
-        return {}
-    return columns
-
-
-def read_events(path: Path) -> tuple[dict[str, Points], Points]:
-    """(columns, share of the time waited for data) of one TensorBoard event file."""
-    try:
-        from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
-    except ImportError:
-        return {}, []
-    try:
-        events = EventAccumulator(str(path), size_guidance={"scalars": 0, "tensors": 1, "images": 1, "histograms": 1})
-        events.Reload()
-        tags = events.Tags().get("scalars", [])
-    except Exception:  # a file cut off in the middle raises several kinds
-        return {}, []
-    columns = {tag: [(e.step, e.value) for e in events.Scalars(tag)] for tag in tags}
-    waits: Points = []
-    timing = next((tag for tag in TIMING if tag in tags), None)
-    if timing is not None:
-        scalars = events.Scalars(timing)
-        for before, after in zip(scalars, scalars[1:]):
-            steps, seconds = after.step - before.step, after.wall_time - before.wall_time
-            if steps > 0 and seconds > 0 and after.value > 0:
-                waits.append((after.step, min(max(1 - after.value * steps / seconds, 0.0), 1.0)))
-        # Validations and checkpoints lie between some: what is usual between two is the loader's.
-        if len(waits) >= 5:
-            middle = median(v for _, v in waits)
-            waits = [(s, min(v, 2 * middle + 0.05)) for s, v in waits]
-        else:
-            waits = []
-    return columns, waits
+    return joined(sittings)
 
 
 def _unit(trace: Trace, name: str, settings, train_rows) -> None:
@@ -213,7 +167,9 @@ def _unit(trace: Trace, name: str, settings, train_rows) -> None:
     texts = [len(str(row.get("text", ""))) for row in train_rows()]
     if texts and sum(texts):
         mean = sum(texts) / len(texts)
-        trace.series["loss"] = [(step, value / mean) for step, value in trace.series["loss"]]
+        for name in ("loss", "val_loss"):  # the same module computes both
+            if name in trace.series:
+                trace.series[name] = [(step, value / mean) for step, value in trace.series[name]]
         trace.loss_unit = "character"
 
 
@@ -222,84 +178,6 @@ def _quiet_for(folder: Path) -> float:
     files = [p for pattern in ("curve.csv", "metrics.csv", "events.out.tfevents.*", *LOGS) for p
         in folder.rglob(pattern)]
     return time.time() - max((p.stat().st_mtime for p in files), default=0.0)
-
-
-# ---- text logs -------------------------------------------------------------------------------------------------
-
-# What is read from a line -> pattern. Ours, NeMo's, Lightning's, torch's.
-SKIPPED = re.compile(r"step (\d+): (loss|gradient norm) is (\S+): batch skipped.*?utterances (\[.*?\])(.*)")
-INFEASIBLE = re.compile(r"utterance (\S+): CTC loss is infinite, (\d+) targets .*?into (\d+) output frames")
-FORGOTTEN = re.compile(r"doctor: step (\d+): (\S+) is not finite; origin: (\S+) (\S*); utterances (.*)")
-ERRORS = (
-    ("CUDA out of memory", "out of memory"), ("DefaultCPUAllocator: can't allocate", "out of memory"),
-    ("SIGTERM", "ended by SIGTERM"), ("KeyboardInterrupt", "interrupted"), ("Killed", "killed"),
-    ("NCCL error", "NCCL error"), ("No space left on device", "disk full"),
-    ("Traceback (most recent call last)", "exception"),
-)
-
-
-def _logs(folder: Path, trace: Trace) -> None:
-    """Bad steps, infinite losses and the end of the run from text logs."""
-    paths = sorted({p for pattern in LOGS for p in folder.rglob(pattern) if p.is_file()})
-    skipped = 0
-    for path in paths[:50]:
-        where = str(path.relative_to(folder))
-        lines = _tail(path)
-        for at, line in enumerate(lines):
-            if match := SKIPPED.search(line):
-                skipped += 1
-                _skipped(trace, match)
-            elif match := FORGOTTEN.search(line):
-                if trace.bad is None:
-                    names = [name.strip() for name in match[5].split(",")]
-                    trace.bad = BadStep(int(match[1]), match[2], match[3], match[4], utterances=names)
-            elif match := INFEASIBLE.search(line):
-                if match[1] not in trace.infeasible:
-                    trace.infeasible_seen += 1
-                    if len(trace.infeasible) < 50:
-                        trace.infeasible[match[1]] = (int(match[2]), int(match[3]))
-            else:
-                for text, kind in ERRORS:
-                    if text in line:
-                        last = _last_of_traceback(lines, at) if kind == "exception" else line.strip()
-                        trace.messages.append((where, f"{kind}: {last[:300]}"))
-                        break
-        if lines:
-            trace.sources.append(where)
-    trace.bad_steps = max(trace.bad_steps, skipped)
-
-
-def _tail(path: Path) -> list[str]:
-    try:
-        with open(path, "rb") as file:
-            size = file.seek(0, 2)
-            file.seek(max(size - LOG_BYTES, 0))
-            return file.read().decode("utf-8", errors="replace").splitlines()
-    except OSError:
-        return []
-
-
-def _skipped(trace: Trace, match: re.Match) -> None:
-    """A batch that our models skipped, and said why."""
-    if trace.bad is not None and trace.bad.step <= int(match[1]):
-        return
-    names = re.findall(r"'([^']*)'", match[4])
-    bad = BadStep(int(match[1]), "loss" if match[2] == "loss" else "gradient", utterances=names)
-    if "audio itself is not finite in" in match[5]:
-        bad.origin = "audio"
-        bad.utterances = re.findall(r"'([^']*)'", match[5]) or names
-    elif found := re.search(r"(\d+) parameters are not finite any more, first (\S+)", match[5]):
-        bad.origin, bad.module = "parameters", found[2].rstrip(".")
-    trace.bad = bad
-
-
-def _last_of_traceback(lines: list[str], at: int) -> str:
-    """The error line that ends a traceback beginning at `at`."""
-    for line in lines[at + 1: at + 200]:
-        bare = re.sub(r"^\[?\w*\]?:?\s?", "", line) if line.startswith("[rank") else line
-        if bare and not bare[0].isspace() and re.match(r"[\w.]+(Error|Exception|Interrupt|Diverged|Exit)\b", bare):
-            return bare.strip()
-    return lines[min(at + 1, len(lines) - 1)].strip()
 
 
 # ---- checks that are not about the curve -----------------------------------------------------------------------
@@ -311,13 +189,15 @@ def files_of_the_run(subject):
     from tools.doctor import checkpoints, metrics
 
     trace = trace_of(subject)
+    if several := subject.__dict__.get("_several"):
+        yield _several_runs(*several, subject.run)
     for path, why in trace.unread.items():
         if "tfevents" in path.name and trace.series:  # a run that was begun again leaves some without a scalar
             continue
         yield Finding("input-unreadable", "warning", f"{path} cannot be used: {why}.",
                       "It was cut off while it was written, it is still empty, or it is of another kind.", {},
                       ["look at the file; what else is in the folder was read"], 0.9, where=str(path))
-    if trace.sources or trace.series or subject.settings or saved_report(subject.run) \
+    if trace.sources or trace.series or subject.settings or saved.readable(subject.run) \
             or checkpoints.find(subject.run) or metrics.prediction_files(subject.run):
         return
     yield Finding(
@@ -327,57 +207,49 @@ def files_of_the_run(subject):
         ["give the folder with config.yaml and curve.csv"], 1.0, where=str(subject.run), unreadable=True)
 
 
+def _several_runs(folder: Path, every: list[Path], taken: Path) -> Finding:
+    names = [str(path.relative_to(folder)) for path in every]
+    return Finding(
+        "input-unreadable", "warning",
+        f"{folder} holds {len(every)} runs: {', '.join(names[:8])}{', ...' if len(names) > 8 else ''}; only "
+        f"{taken.relative_to(folder)}, the newest, is examined.",
+        "Each of them begins anew, so their curves are not one.", {"runs": names},
+        [f"python -m tools.doctor explain {path}" for path in every if path != taken][:4], 0.9, where=str(folder))
+
+
 @check("run", faults=("run-ended",), needs=("run",))
 def end_of_the_run(subject):
     """How the run ended."""
     trace = trace_of(subject)
     if not (trace.series or trace.messages or trace.sources):
         raise NotExamined("no curve and no log in this folder")
+    if "run-ended" in trace.reported:
+        return  # the callback has seen it
     last, planned = trace.last_step, trace.planned
     if not trace.messages and (planned is None or last >= 0.98 * planned or not trace.series):
         return
     if not trace.messages and not trace.ended:
         return  # it is still going
-    end = trace.messages[-1] if trace.messages else None
-    whole = planned is not None and last >= 0.98 * planned
-    if whole and end is not None and "SIGTERM" in end[1]:
+    end = trace.messages[-1][1] if trace.messages else ""
+    if planned is not None and last >= 0.98 * planned and "SIGTERM" in end:
         return
-    of = f" of {planned}" if planned else ""
-    fixes = {
-        "out of memory": ["a smaller training.global_batch_seconds, or more accumulate_grad_batches",
-                          "a shorter model.train_ds.max_duration"],
-        "disk full": ["fewer checkpoints: exp_manager.checkpoint_callback_params.save_top_k=1"],
-    }
-    kind = end[1].split(":")[0] if end else ""
-    yield Finding(
-        "run-ended", "note" if whole else "warning",
-        f"The run's last step is {last}{of}" + (f"; its log says: {end[1]}" if end else ", and no log says why it "
-        "ended."),
-        "It ended before its plan." if not whole else "The plan was fulfilled; the log holds an error all the same.",
-        {"last step": last, "planned": planned, "messages": [f"{where}: {line}" for where,
-        line in trace.messages[-5:]]},
-        fixes.get(kind, ["start it again: the same command goes on from the last checkpoint"]), 0.8 if end else 0.5)
+    yield run_ended(last, planned, f"; its log says: {end}" if end else ", and no log says why it ended.", end,
+                    {"messages": [f"{where}: {line}" for where, line in trace.messages[-5:]]}, 0.8 if end else 0.5)
 
 
 @check("run", faults=(), needs=("run",))
 def report_of_the_callback(subject):
     """What the callback had found while the run went on."""
-    saved = saved_report(subject.run)
-    if saved is None:
-        raise NotExamined("no doctor/report.json: the callback was not attached, or the run did not reach its end")
+    trace = trace_of(subject)
+    if not saved.readable(subject.run):
+        raise NotExamined("no doctor/report.json: the callback was not attached, or the run was killed in its first "
+                          "minute")
     from tools.doctor.run import diagnose
 
-    own = {finding.id for finding in diagnose(trace_of(subject))[0]} - set(NON_FINITE)
-    for finding in saved.findings:
-        if finding.id not in own and finding.id != "run-early":
+    own = {finding.id for finding in diagnose(trace)[0]}
+    for finding in saved.findings(subject.run, trace.last_step):
+        # Where something was not finite the callback has seen more than the curve shows, unless that was long ago.
+        better = finding.id in saved.NON_FINITE and not saved.passed(finding)
+        if (better or finding.id not in own) and finding.id != "run-early":
             finding.evidence = {"seen by": "the callback, while it ran", **finding.evidence}
             yield finding
-
-
-def saved_report(folder: Path) -> Report | None:
-    """The report that the callback left in a run's folder; None where there is none that can be read."""
-    path = folder / "doctor" / "report.json"
-    try:
-        return Report.from_dict(json.loads(path.read_text(encoding="utf-8")))
-    except (OSError, ValueError, KeyError, TypeError, AttributeError):
-        return None

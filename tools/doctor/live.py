@@ -13,7 +13,7 @@ from pathlib import Path
 from tools.doctor.autopsy import Output
 from tools.doctor.finding import Finding, Plot, Report
 from tools.doctor.trace import Trace
-from tools.doctor.trained import judged, started_from
+from tools.doctor.trained import copies, judged, left_out, started_from
 
 log = logging.getLogger("doctor")
 
@@ -52,17 +52,22 @@ def optimizer_findings(trainer, model) -> list[Finding]:
     missing = {name: p for name, p in wanted if id(p) not in held}
     frozen = {name: p for name, p in model.named_parameters() if not p.requires_grad}
     every = max(sum(p.numel() for p in model.parameters()), 1)
-    random, seen = judged(frozen, started_from(settings_of(model), model, trainer, [name for name, _ in wanted]))
+    started = started_from(settings_of(model), model, trainer, [name for name, _ in wanted])
+    random, seen = judged(frozen, started)
+    if not holds_parameters(trainer) or copies(missing, {name: p for name, p in wanted if name not in missing}):
+        missing = {}
+    forgotten, why = left_out(missing, started)
     found = []
     for id_, rows, what, cause, fix in (
-        ("not-in-optimizer", missing, "are in no optimizer", "They keep the values they were made with.",
+        ("not-in-optimizer", missing, "are in no optimizer",
+         f"They keep the values they were made with. {why}".rstrip(),
          "build the optimizer from model.parameters(), after the last layer has been made"),
         ("frozen", frozen, "are frozen (requires_grad=False)", f"They keep the values that they have. {seen}",
          "model.unfreeze(), or p.requires_grad_(True)"),
     ):
         share = sum(p.numel() for p in rows.values()) / every
         # Some parts are frozen on purpose: windows, filters, a pretrained encoder.
-        heavy = share > 0.01 if id_ == "not-in-optimizer" else share > 0.9 and random
+        heavy = share > 0.01 and forgotten if id_ == "not-in-optimizer" else share > 0.9 and random
         if share < 1e-4:
             continue
         first = next(iter(rows))
@@ -71,6 +76,15 @@ def optimizer_findings(trainer, model) -> list[Finding]:
             f"{len(rows)} parameter tensors ({share:.0%} of all values) {what}, first {first}.", cause,
             {"parameters": list(rows)[:12], "share of all values": share}, [fix], 0.95 if heavy else 0.6, where=first))
     return found
+
+
+def holds_parameters(trainer) -> bool:
+    """Whether the optimizers hold the model's own parameters, and no flat partitions of them as DeepSpeed's do."""
+    from lightning.pytorch.strategies import DDPStrategy, DeepSpeedStrategy, SingleDeviceStrategy
+
+    strategy = getattr(trainer, "strategy", None)
+    return strategy is None or isinstance(strategy, (SingleDeviceStrategy, DDPStrategy)) and not isinstance(
+        strategy, DeepSpeedStrategy)
 
 
 def keep_gradients(findings: list[Finding], trainer, model) -> list[Finding]:

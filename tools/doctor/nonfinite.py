@@ -19,6 +19,8 @@ WHY_NOT_CLIP = (
     "clipping does not help: it scales by limit / norm, and a norm that is not finite makes every gradient NaN, so "
     "one such step spreads NaN to all parameters"
 )
+SCALER_PATIENCE = 10  # steps: a gradient scaler for float16 looks for its scale by overflowing
+CURVES = (("loss", "loss"), ("grad_norm", "gradient norm"), ("val_loss", "validation loss"))  # series, in words
 GROWTH = 20.0  # an output so much larger in its last frames than in its first grows with time
 
 
@@ -31,8 +33,9 @@ def non_finite(trace: Trace) -> list[Finding]:
     evidence = {"first at step": bad.step, "what": bad.what}
     if bad.module:
         evidence["first module or parameter"] = f"{bad.module} ({bad.kind})" if bad.kind else bad.module
-    if trace.bad_steps > 1:
-        evidence["steps that were not finite"] = trace.bad_steps
+    times = max(trace.bad_steps, _flags(trace, bad).count(False))
+    if times > 1:
+        evidence["steps that were not finite"] = times
     if bad.utterances:
         evidence["utterances of that batch"] = bad.utterances
     evidence.update(bad.details)
@@ -40,10 +43,12 @@ def non_finite(trace: Trace) -> list[Finding]:
     if cause is not None:
         return [cause]
     here = f"{bad.module} ({bad.kind})" if bad.kind else bad.module
+    passed = times <= 1 and (trace.bad_steps == 1 or bad.what == "validation loss") or _survived(trace, bad)
     return [Finding(
-        "run-nan", "prevents" if trace.bad_steps != 1 else "warning",
-        (f"The {bad.what} is not finite from step {bad.step} on" if trace.bad_steps != 1 else
-         f"The {bad.what} was not finite at step {bad.step}, once")
+        "run-nan", "warning" if passed else "prevents",
+        (f"The {bad.what} is not finite from step {bad.step} on" if not passed else
+         f"The {bad.what} was not finite at step {bad.step}, once" if times <= 1 else
+         f"The {bad.what} was not finite at {times} steps, first at step {bad.step}; at the end it is finite")
         + (f": the first output that is not finite is that of {here}." if bad.origin == "forward" else "."),
         _where_from(bad), evidence, _fixes(trace, bad),
         0.9 if bad.origin != "unknown" else 0.5, where=bad.module, plots=plots,
@@ -51,16 +56,49 @@ def non_finite(trace: Trace) -> list[Finding]:
 
 
 def _from_curve(trace: Trace) -> BadStep | None:
-    """The first non-finite value among loss and gradient norm of a curve."""
-    first = [
-        (step, what)
-        for name, what in (("loss", "loss"), ("grad_norm", "gradient norm"), ("val_loss", "validation loss"))
-        for step, value in trace.get(name) if not math.isfinite(value)
-    ]
-    if not first:
-        return None
-    step, what = min(first)
-    return BadStep(step, what)
+    """What is not finite in a curve: first what stays so to the end, then what was so in between."""
+    seen = []
+    for name, what in CURVES:
+        if bad := _not_finite(trace, name):
+            points = [step for step, _ in trace.get(name)]
+            last_good = max((step for step in points if step not in bad), default=-1)
+            stays = [step for step in points if step > last_good]
+            first = BadStep(min(stays or bad), what)
+            seen.append((_survived(trace, first), first.step, what))
+    return BadStep(*min(seen)[1:]) if seen else None
+
+
+def _not_finite(trace: Trace, name: str) -> set[int]:
+    """Steps at which a series is not finite, without those at which a gradient scaler only looks for its scale."""
+    points = trace.get(name)
+    bad = {step for step, value in points if not math.isfinite(value)}
+    if name != "grad_norm" or not trace.precision.startswith("16") or trace.precision == "16-true":
+        return bad
+    lasting: set[int] = set()
+    row: list[int] = []
+    for step, _ in points:
+        row = [*row, step] if step in bad else []
+        if len(row) >= SCALER_PATIENCE:
+            lasting.update(row)
+    return lasting
+
+
+def _flags(trace: Trace, bad: BadStep) -> list[bool]:
+    """Whether each step that was logged from the bad one on is finite: of the validation's loss, or in training."""
+    found: dict[int, bool] = {}
+    for name in ("val_loss",) if bad.what == "validation loss" else ("loss", "grad_norm"):
+        broken = _not_finite(trace, name)
+        for step, _ in trace.get(name):
+            if step >= bad.step:
+                found[step] = found.get(step, True) and step not in broken
+    return [found[step] for step in sorted(found)]
+
+
+def _survived(trace: Trace, bad: BadStep) -> bool:
+    """Whether the run went on, finite at its end and in most of its steps: such batches were skipped, or few."""
+    flags = _flags(trace, bad)
+    many = flags.count(False) > 0.5 * len(flags) or trace.bad_steps > 0.5 * (trace.last_step - bad.step + 1)
+    return bool(flags) and flags[-1] and not many
 
 
 def _cause(trace: Trace, bad: BadStep, evidence: dict, plots: list[Plot]) -> Finding | None:
@@ -80,27 +118,27 @@ def _cause(trace: Trace, bad: BadStep, evidence: dict, plots: list[Plot]) -> Fin
     half = trace.precision.startswith("16") or bad.details.get("dtype") == "float16"
     if half and bad.origin in ("forward", "backward"):
         return Finding(
-            "precision-overflow", "prevents",
+            "precision-overflow", "warning" if _survived(trace, bad) else "prevents",
             f"{here or 'A module'} leaves the range of float16 at step {bad.step}: largest finite value 65504.",
             "float16 holds nothing above 65504. Attention scores, unnormalised recurrences and log-probs leave it.",
             evidence, [f"{trace.key('trainer.precision')}=bf16-mixed", f"{trace.key('trainer.precision')}=32"],
             0.85, where=bad.module, plots=plots)
-    times = _growth(bad)
-    if bad.origin == "forward" and (times is not None or _deep(bad)):
-        return _explodes(trace, bad, here, times, evidence, plots)
+    grown = _growth(bad)
+    if bad.origin == "forward" and (grown is not None or _deep(bad)):
+        return _explodes(trace, bad, here, grown, evidence, plots)
     if bad.origin == "parameters":
         return _parameters(trace, bad, evidence, plots)
     if bad.origin == "backward":
         evidence = {**evidence, "why clipping does not help": WHY_NOT_CLIP}
         return Finding(
-            "run-nan", "prevents",
+            "run-nan", "warning" if _survived(trace, bad) else "prevents",
             f"The loss is finite at step {bad.step} and the gradient is not: nearest to the loss, it is so in {here}.",
             "A derivative that is infinite where the value is not: sqrt or log at 0, a division by a norm of 0, a "
             "mask of -inf over a whole row, or a gradient that explodes through a recurrence.", evidence,
             [f"look at {bad.module} for sqrt, log, norm, division and softmax over masked rows; add an eps",
              "torch.autograd.set_detect_anomaly(True) for one step gives the line"], 0.85, where=bad.module,
              plots=plots)
-    if bad.origin == "unknown":
+    if bad.origin == "unknown" and not _survived(trace, bad):
         return _from_history(trace, bad, evidence, plots)
     return None
 

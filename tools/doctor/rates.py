@@ -35,10 +35,10 @@ def learning_rate(trace: Trace) -> list[Finding]:
                         "Nothing is updated.", {"steps": rates[-1][0]}, [f"{key}=1e-3"], 1.0, where=key, plots=plots)]
     if curve is not None and curve.learned and not curve.lost:
         return []
-    return [*_too_low(trace, curve, rates, updates, plots), *_too_high(trace, curve, rates, updates, plots)]
+    return [*_too_low(trace, curve, rates, plots), *_too_high(trace, curve, rates, updates, plots)]
 
 
-def _too_low(trace: Trace, curve, rates, updates, plots) -> list[Finding]:
+def _too_low(trace: Trace, curve, rates, plots) -> list[Finding]:
     """A warm-up that the run does not leave, or steps that move nothing."""
     peak = max((v for _, v in rates), default=None)
     nearly_over = trace.ended or bool(trace.planned) and trace.last_step > 0.8 * trace.planned
@@ -48,7 +48,9 @@ def _too_low(trace: Trace, curve, rates, updates, plots) -> list[Finding]:
     if still_rising(rates) and nearly_over and curve is not None and not curve.learned and trace.last_step >= 50:
         what = f"The learning rate was still rising at the last step, {rates[-1][0]}"
         return [_warmup(trace, what, 0.75, plots, peak)]
-    if len(updates) >= 3 and median(updates) < TINY_UPDATE and trace.last_step >= 50:
+    # In a warm-up the first steps move nothing, and are meant to.
+    updates = [v for s, v in trace.get("update") if s > (trace.warmup or 0) and math.isfinite(v) and v >= 0]
+    if len(updates) >= 3 and median(updates) < TINY_UPDATE and trace.last_step >= 50 and not still_rising(rates):
         key = trace.key("model.optim.lr")
         return [Finding(
             "lr-too-low", "prevents",

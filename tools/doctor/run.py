@@ -14,11 +14,12 @@ from tools.doctor.finding import Finding
 from tools.doctor.nonfinite import non_finite
 from tools.doctor.rates import learning_rate
 from tools.doctor.registry import NotExamined, check
-from tools.doctor.trace import EARLY_STEPS, OVER_STEPS, Trace, shape
+from tools.doctor.trace import EARLY_STEPS, LETTERS_ONLY, OVER_STEPS, Trace, shape
 
 LATE_STEPS = 2000  # a plateau that has lasted so long is one, whatever the plan
 BLANK, LETTER = 0.97, 0.9
 SLOW_DATA = 0.3
+OTHER_UNIT = 5.0  # a first validation's loss by the train loss: above it is counted in another unit
 HIDDEN_WARNING, HIDDEN_STOPS = 0.001, 0.3  # share of utterances whose loss is infinite
 
 
@@ -117,7 +118,7 @@ def _late(trace: Trace, name: str) -> float | None:
 
 def _progress_plots(trace: Trace):
     characters = trace.loss_unit == "character"
-    lines = {"loss": "train", "val_loss": "validation"} if characters else {"loss": "train"}
+    lines = {"loss": "train", "val_loss": "validation"} if characters and _same_size(trace) else {"loss": "train"}
     note = "Below the line of letters alone the model has begun to listen." if trace.level else ""
     plots = [trace.plot("Loss", lines, "nats a character" if characters else "loss", level=True, note=note)]
     rates = {
@@ -128,6 +129,25 @@ def _progress_plots(trace: Trace):
     if trace.get("val_wer"):
         plots.append(trace.plot("Word error rate", {"val_wer": "validation"}, "WER"))
     return plots
+
+
+def _same_size(trace: Trace) -> bool:
+    """Whether the validation's loss is in the unit of the train loss, by its size: NeMo's is one of an utterance."""
+    val = next(((s, v) for s, v in trace.get("val_loss") if math.isfinite(v)), None)
+    losses = [(s, v) for s, v in trace.get("loss") if math.isfinite(v)]
+    if val is None or not losses:
+        return True
+    then = [v for s, v in losses if s <= val[0]][-5:] or [losses[0][1]]
+    floor = LETTERS_ONLY if trace.loss_unit == "character" else 0.0
+    return val[1] <= OTHER_UNIT * max(median(then), trace.level or floor)
+
+
+def _loss_plots(trace: Trace):
+    """Train and validation loss: in one plot, or in two where their units differ."""
+    if _same_size(trace):
+        return [trace.plot("Loss", {"loss": "train", "val_loss": "validation"}, "loss")]
+    return [trace.plot("Train loss", {"loss": "train"}, "loss"),
+            trace.plot("Validation loss", {"val_loss": "validation"}, "loss")]
 
 
 def _diverged(trace: Trace, curve, blank, letter, outputs, plots) -> Finding:
@@ -238,7 +258,7 @@ def overfitting(trace: Trace) -> list[Finding]:
         [f"keep the checkpoint of step {best_step}",
          "more SpecAugment (model.spec_augment.time_masks), dropout, weight decay",
          f"fewer steps: {trace.key('trainer.max_steps')}={best_step}"], 0.85,
-        plots=[trace.plot("Loss", {"loss": "train", "val_loss": "validation"}, "loss")])]
+        plots=_loss_plots(trace))]
 
 
 def _only_by_heart(trace: Trace, train) -> Finding | None:

@@ -190,7 +190,7 @@ def shape(trace: Trace) -> Shape | None:
     learned = None
     if level is not None:
         learned = best < LEARNED * level
-    if wers and min(wers) < 0.85:
+    if wers and min(wers) < _heard(trace):
         learned = True
     lost_step = None
     top = level if level is not None else first
@@ -202,10 +202,29 @@ def shape(trace: Trace) -> Shape | None:
             if v < threshold:
                 break
             lost_step = s
+        if level is None and lost_step is not None and not _lost_too(trace, finite, line, lost_step):
+            lost_step = None
     half = [v for s, v in line if s >= (finite[0][0] + last_step) / 2]
     scale = level if level is not None else max(abs(first), 1e-9)
     flat = len(half) > 1 and abs(half[0] - half[-1]) < 0.02 * scale
     return Shape(first, best, best_step, last, last_step, level, learned, lost_step is not None, lost_step, flat)
+
+
+def _heard(trace: Trace) -> float:
+    """The error rate below which the audio was used: a lone letter has a CER far below its WER of 1."""
+    return 0.6 if trace.settings is not None and trace.settings.get("model.use_cer") else 0.85
+
+
+def _lost_too(trace: Trace, finite: Points, line: Points, lost_step: int) -> bool:
+    """Whether a loss of unknown unit was lost. A flat and noisy one, as in a fine-tuning, comes back "half of the way"
+    all the time: the error rate has to be lost with it, or the loss far outside of its noise where none was measured
+    since."""
+    rates = [(s, v) for s, v in trace.get("val_wer") if math.isfinite(v)]
+    best = min((v for _, v in rates), default=math.inf)
+    if since := [v for s, v in rates if s >= lost_step]:
+        return since[-1] > max(1.5 * best, best + 0.1)
+    noise = median(abs(raw - usual) for (_, raw), (_, usual) in zip(finite, line))
+    return line[-1][1] - min(v for _, v in line) > 6 * noise
 
 
 def still_rising(points: Points) -> bool:

@@ -61,6 +61,37 @@ def judged(weights: dict, started: str) -> tuple[bool, str]:
                    "random ones learn nothing.")
 
 
+def left_out(missing: dict, started: str) -> tuple[bool, str]:
+    """(whether trainable parameters that no optimizer holds were forgotten, as far as can be told; why not).
+
+    A part that is left out of a fine-tuning was trained before; a decoder that was put in too late was not. Parts are
+    judged one by one, so that the one does not cover up the other.
+    """
+    parts: dict[str, dict] = {}
+    for name, p in missing.items():
+        parts.setdefault(name.split(".")[0], {})[name] = p
+    for weights in parts.values():
+        trained = look_trained(weights)
+        if trained is False or trained is None and not started:
+            return True, ""
+    return False, ("It may be meant: " + (started or "the gains of their normalisations differ, so they were trained "
+                                          "before") + ".")
+
+
+def copies(missing: dict, held: dict) -> bool:
+    """Whether parameters are averaged weights or a teacher's: none with a gradient at the first step, and each with a
+    namesake of its shape among those that an optimizer holds."""
+    shapes = {(tail, tuple(p.shape)) for name, p in held.items() for tail in _tails(name)[:2]}
+    return all(p.grad is None and any((tail, tuple(p.shape)) in shapes for tail in _tails(name)[1:])
+               for name, p in missing.items())
+
+
+def _tails(name: str) -> list[str]:
+    """A name without its first 0, 1, 2 ... parts; at least two parts are left."""
+    parts = name.split(".")
+    return [".".join(parts[k:]) for k in range(max(len(parts) - 1, 1))]
+
+
 def _restored(model) -> str | None:
     """The .nemo that a live model comes from; None for any other."""
     state = sys.modules.get("nemo.utils.app_state")

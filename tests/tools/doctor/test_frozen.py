@@ -140,9 +140,9 @@ def test_check_of_a_model_that_was_restored_and_of_one_with_nemos_adapters(tmp_p
 def two_checkpoints(folder, learns: bool, gains=None):
     """A run whose encoder is the same at both ends; `gains` of its normalisation."""
     torch.manual_seed(0)
-    still = {"encoder.w": torch.randn(30, 30), **({} if gains is None else {"encoder.norm.weight": gains})}
+    still = {"encoder.0.weight": torch.randn(30, 30), **({} if gains is None else {"encoder.norm.weight": gains})}
     for step in (100, 1000):
-        weights = {**still, "decoder.w": torch.randn(30) + step}
+        weights = {**still, "decoder.0.weight": torch.randn(30, 1) + step}
         torch.save({"state_dict": weights, "global_step": step}, folder / f"step{step}.ckpt")
     loss = (lambda s: 0.1 + 2.8 * math.exp(-s / 200)) if learns else (lambda s: 2.9 + 0.01 * math.sin(s))
     write_curve(folder, [{"step": s, "loss_per_char": loss(s), "learning_rate": 1e-3, "grad_norm": 1.0}

@@ -1,0 +1,138 @@
+"""Text logs of a run: batches that were not finite, losses that were infinite, and how it ended. Standard library
+only."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+
+from tools.doctor.finding import Finding
+from tools.doctor.trace import BadStep, Trace
+
+LOGS = ("*.log", "*.txt", "*.out", "*.err")
+LOG_BYTES = 20_000_000  # of one log, from its end
+NO_LOGS = ("git-info.log", "cmd-args.log")  # of exp_manager: a diff of the code, and the command
+NOW = 10**9  # number of the sitting whose logs have not been moved
+
+# What is read from a line -> pattern. Ours, NeMo's, Lightning's, torch's.
+SKIPPED = re.compile(r"step (\d+): (loss|gradient norm) is (\S+): batch skipped.*?utterances (\[.*?\])(.*)")
+INFEASIBLE = re.compile(r"utterance (\S+): CTC loss is infinite, (\d+) targets .*?into (\d+) output frames")
+FORGOTTEN = re.compile(r"doctor: step (\d+): (\S+) is not finite; origin: (\S+) (\S*); utterances (.*)")
+ERRORS = (
+    ("CUDA out of memory", "out of memory"), ("DefaultCPUAllocator: can't allocate", "out of memory"),
+    ("SIGTERM", "ended by SIGTERM"), ("KeyboardInterrupt", "interrupted"), ("Killed", "killed"),
+    ("NCCL error", "NCCL error"), ("No space left on device", "disk full"),
+    ("Traceback (most recent call last)", "exception"),
+)
+
+
+def read_logs(folder: Path, trace: Trace) -> None:
+    """Bad steps, infinite losses and the end of the run from text logs."""
+    skipped = 0
+    for path in log_files(folder)[-50:]:
+        where = str(path.relative_to(folder))
+        lines = _tail(path)
+        for at, line in enumerate(lines):
+            if match := SKIPPED.search(line):
+                skipped += 1
+                _skipped(trace, match)
+            elif match := FORGOTTEN.search(line):
+                if trace.bad is None:
+                    names = [name.strip() for name in match[5].split(",")]
+                    trace.bad = BadStep(int(match[1]), match[2], match[3], match[4], utterances=names)
+                    trace.bad_steps = max(trace.bad_steps, 1)  # the line is written once, however many follow
+            elif match := INFEASIBLE.search(line):
+                if match[1] not in trace.infeasible:
+                    trace.infeasible_seen += 1
+                    if len(trace.infeasible) < 50:
+                        trace.infeasible[match[1]] = (int(match[2]), int(match[3]))
+            else:
+                for text, kind in ERRORS:
+                    if text in line:
+                        last = _last_of_traceback(lines, at) if kind == "exception" else line.strip()
+                        trace.messages.append((where, f"{kind}: {last[:300]}"))
+                        break
+        if lines:
+            trace.sources.append(where)
+    trace.bad_steps = max(trace.bad_steps, skipped)
+
+
+def log_files(folder: Path) -> list[Path]:
+    """Text logs below a folder, oldest first.
+
+    NeMo's exp_manager moves those of earlier sittings to run_0, run_1, ...: how these ended says nothing of a run that
+    was begun again, and only the last of them counts where there is no other.
+    """
+    found = {p for pattern in LOGS for p in folder.rglob(pattern) if p.is_file() and p.name not in NO_LOGS}
+    sittings: dict[int, list[Path]] = {}
+    for path in found:
+        moved = [int(part[4:]) for part in path.relative_to(folder).parts[:-1] if re.fullmatch(r"run_\d+", part)]
+        sittings.setdefault(moved[0] if moved else NOW, []).append(path)
+    return sorted(sittings[max(sittings)], key=lambda p: (p.stat().st_mtime, str(p))) if sittings else []
+
+
+def _tail(path: Path) -> list[str]:
+    try:
+        with open(path, "rb") as file:
+            size = file.seek(0, 2)
+            file.seek(max(size - LOG_BYTES, 0))
+            return file.read().decode("utf-8", errors="replace").splitlines()
+    except OSError:
+        return []
+
+
+def _skipped(trace: Trace, match: re.Match) -> None:
+    """A batch that our models skipped, and said why."""
+    if trace.bad is not None and trace.bad.step <= int(match[1]):
+        return
+    names = re.findall(r"'([^']*)'", match[4])
+    bad = BadStep(int(match[1]), "loss" if match[2] == "loss" else "gradient", utterances=names)
+    if "audio itself is not finite in" in match[5]:
+        bad.origin = "audio"
+        bad.utterances = re.findall(r"'([^']*)'", match[5]) or names
+    elif found := re.search(r"(\d+) parameters are not finite any more, first (\S+)", match[5]):
+        bad.origin, bad.module = "parameters", found[2].rstrip(".")
+    trace.bad = bad
+
+
+def _last_of_traceback(lines: list[str], at: int) -> str:
+    """The error line that ends a traceback beginning at `at`."""
+    for line in lines[at + 1: at + 200]:
+        bare = re.sub(r"^\[?\w*\]?:?\s?", "", line) if line.startswith("[rank") else line
+        if bare and not bare[0].isspace() and re.match(r"[\w.]+(Error|Exception|Interrupt|Diverged|Exit)\b", bare):
+            return bare.strip()
+    return lines[min(at + 1, len(lines) - 1)].strip()
+
+
+# ---- the end ---------------------------------------------------------------------------------------------------
+
+WAYS_OUT = {
+    "out of memory": ["a smaller training.global_batch_seconds, or more accumulate_grad_batches",
+                      "a shorter model.train_ds.max_duration"],
+    "disk full": ["fewer checkpoints: exp_manager.checkpoint_callback_params.save_top_k=1"],
+}
+
+
+def run_ended(last: int, planned: int | None, said: str, error: str, evidence: dict, confidence: float) -> Finding:
+    """The finding of a run that came to its end before its plan, or with an error.
+
+    Args:
+        last, planned: steps.
+        said: how the symptom ends: by what it is known.
+        error: what ended it, "" where not known.
+        evidence: beside the steps.
+    """
+    whole = planned is not None and last >= 0.98 * planned
+    kind = next((kind for text, kind in ERRORS if kind in WAYS_OUT and (text in error or error.startswith(kind))), "")
+    return Finding(
+        "run-ended", "note" if whole else "warning",
+        f"The run's last step is {last}{f' of {planned}' if planned else ''}{said}",
+        "It ended before its plan." if not whole else "The plan was fulfilled; the log holds an error all the same.",
+        {"last step": last, "planned": planned, **evidence},
+        WAYS_OUT.get(kind, ["start it again: the same command goes on from the last checkpoint"]), confidence)
+
+
+def ended_by(error: BaseException, last: int, planned: int | None) -> Finding:
+    """The finding of the error that ended a run; less sure than its cause, which is to come first."""
+    text = f"{type(error).__name__}: {' '.join(str(error).split())[:300]}".removesuffix(": ")
+    return run_ended(last, planned, f"; it was ended by {text}", text, {"error": text}, 0.5)
