@@ -250,6 +250,35 @@ def parameters_are_optimised(subject):
         )
 
 
+@check("gradients", faults=("not-in-optimizer",), needs=("model",))
+def modules_are_registered(subject):
+    """Modules that the loss depends on are registered with the model, not kept in plain lists."""
+    from tools.doctor.probe import unregistered
+
+    probe = subject.probe
+    hidden = unregistered(probe.model)
+    if not hidden:
+        return
+    with probe.ready(train=True):
+        backward(probe)
+        used = {name: p.numel() for name, p in hidden.items() if p.grad is not None and bool(p.grad.any())}
+    if not used:  # a teacher, say, that is kept out of the model on purpose
+        return
+    share = sum(used.values()) / (sum(used.values()) + sum(p.numel() for p in probe.model.parameters()))
+    yield Finding(
+        "not-in-optimizer",
+        "prevents" if share > 0.1 else "warning",
+        f"{len(used)} parameter tensors ({share:.0%} of all values) get gradients and are no parameters of the model: "
+        f"{', '.join(parts(list(used))[:6])}.",
+        "Their modules are in a plain list, tuple or dict: parameters() does not find them, so no optimizer has them, "
+        "checkpoints lack them, and .to(device), train() and eval() pass them by. They stay as they were initialised.",
+        {"tensors": len(used), "share of values": round(share, 4), "modules": parts(list(used))[:20]},
+        ["nn.ModuleList([...]) in place of the list, nn.ModuleDict in place of the dict"],
+        0.95,
+        where=parts(list(used))[0],
+    )
+
+
 def _slow_groups(subject, groups: list[dict]) -> dict[int, tuple[float, float]]:
     """Id of each parameter whose group learns a thousand times slower than another, and at a rate at which nothing
     moves -> (its rate, the highest of all groups), in absolute units."""

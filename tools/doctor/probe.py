@@ -27,10 +27,26 @@ HELD = (
 SPEECH_FRAMES = (190, 320, 250, 280)  # of made-up items, when there is no audio: lengths differ on purpose
 
 
+def unregistered(model: nn.Module) -> dict[str, nn.Parameter]:
+    """Name -> trainable parameter of modules that lie in lists, tuples and dicts of the model's modules, and of which
+    the model's parameters() knows nothing."""
+    own = {id(p) for p in model.parameters()}
+    found: dict[str, nn.Parameter] = {}
+    for place, module in model.named_modules():
+        for name, value in vars(module).items():
+            held = dict(enumerate(value)) if type(value) in (list, tuple) else value
+            for key, item in held.items() if isinstance(held, dict) else ():
+                if isinstance(item, nn.Module):
+                    found |= {f"{place}.{name}.{key}.{inner}".lstrip("."): p for inner, p in item.named_parameters()
+                              if id(p) not in own and p.requires_grad}
+    return found
+
+
 @contextlib.contextmanager
 def untouched(model: nn.Module) -> Iterator[None]:
     """On leaving, everything is as it was: parameters, buffers, gradients, modes, attributes, random state."""
-    parameters = {p: (p.detach().clone(), p.requires_grad, p.grad) for p in model.parameters()}
+    every = [*model.parameters(), *unregistered(model).values()]
+    parameters = {p: (p.detach().clone(), p.requires_grad, p.grad) for p in every}
     buffers = [(module, name, buffer, None if buffer is None else buffer.clone())
                for module in model.modules() for name, buffer in module._buffers.items()]
     modes = [(module, module.training) for module in model.modules()]
@@ -42,7 +58,7 @@ def untouched(model: nn.Module) -> Iterator[None]:
     state = random.getstate(), np.random.get_state(), torch.get_rng_state()
     cuda = torch.cuda.get_rng_state_all() if torch.cuda.is_initialized() else None
     gradients = torch.is_grad_enabled()
-    for p in model.parameters():
+    for p in parameters:
         p.grad = None
     try:
         yield

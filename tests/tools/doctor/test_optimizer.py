@@ -79,3 +79,26 @@ def test_novograd_may_start_at_its_rate_as_nemos_quartznet_does():
     cfg["model"]["optim"]["name"] = "adam"
     found = {f.id: f.weight for f in examine(config=cfg, families=["schedule"]).findings}
     assert found["warmup-missing"] == "warning"
+
+
+@pytest.mark.parametrize("kept, weight", [("list", "prevents"), ("dict", "prevents"), ("teacher", None), ("again", None)])
+def test_modules_that_parameters_does_not_find(kept, weight):
+    model = models.build(models.section("conformer"))
+    layers = [torch.nn.Linear(48, 48) for _ in range(20)]
+    plain = model.encoder.forward_internal
+
+    def forward(*args, **kwargs):
+        out, *rest = plain(*args, **kwargs)
+        used = layers if kept in ("list", "dict") else []
+        for layer in used:
+            out = out + layer(out.transpose(1, 2)).transpose(1, 2)
+        return out, *rest
+
+    model.encoder.forward_internal = forward
+    model.encoder.more = {"list": layers, "dict": dict(enumerate(layers)), "teacher": layers,
+                          "again": list(model.encoder.layers)}[kept]
+    found = [f for f in examine(model=model, families=["gradients"], seconds=120).findings if f.id == "not-in-optimizer"]
+    assert [f.weight for f in found] == ([weight] if weight else [])
+    assert all(p.grad is None for layer in layers for p in layer.parameters())
+    for finding in found:
+        assert finding.where.startswith("encoder.more.0") and "ModuleList" in finding.fix[0]
