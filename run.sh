@@ -131,6 +131,7 @@ train=(--config-name "$model" "corpus=$corpus")
 if [ "$nodes" -gt 1 ]; then train+=(trainer=slurm "trainer.devices=$gpus" "trainer.num_nodes=$nodes")
 elif [ "$gpus" -gt 1 ]; then train+=(trainer=ddp "trainer.devices=$gpus")
 elif [ "$gpus" = 1 ]; then train+=(trainer=gpu)
+elif [[ "$model" == conformer* ]] && [ "$(nproc)" -gt 1 ]; then train+=(trainer=cpu_ddp)  # faster than two threads
 else train+=(trainer=cpu); fi
 settings=("exp_manager.explicit_log_dir=$(quoted "$exp")")
 if [ "$gpus" -gt 0 ]; then

@@ -163,6 +163,32 @@ def decoder_blank(subject):
         )
 
 
+@check("labels", faults=("metric-not-collapsed",), needs=("model",))
+def decoder_collapses(subject):
+    """Decoding makes one letter of equal neighbours."""
+    probe = subject.probe
+    _decodes(probe)
+    plain = [i for i, label in enumerate(probe.vocabulary) if label.strip()][:2]
+    if len(plain) < 2:
+        raise NotExamined("fewer than two labels are letters")
+    a, b = plain
+    with probe.ready(calibrate=False), torch.no_grad():
+        once, twice = decode_frames(probe, [a, b]), decode_frames(probe, [a, a, b, b])
+    if once != twice:
+        yield Finding(
+            "metric-not-collapsed",
+            "warning",
+            f"Decoding makes {twice!r} of the frames {''.join(probe.label_names([a, a, b, b]))!r}, and not {once!r}.",
+            "CTC repeats a letter for as long as it is heard: equal neighbours are one letter. What is printed "
+            "stutters, and nearly every word counts as wrong, however well the model has learned.",
+            {"decoded": twice, "with repeats collapsed": once},
+            ["leave decoding to NeMo's CTCDecoding(cfg.decoding, vocabulary=decoder.vocabulary)",
+             "or: [k for k, _ in itertools.groupby(best) if k != blank]"],
+            0.95,
+            where="decoding",
+        )
+
+
 def _dropped(probe, indices: list[int], width: int) -> dict[int, bool]:
     """Index -> whether decoding leaves nothing of it between two letters."""
     found = {}
@@ -170,7 +196,7 @@ def _dropped(probe, indices: list[int], width: int) -> dict[int, bool]:
     if len(plain) < 2:
         return found
     a, b = plain
-    alone = decode_frames(probe, [a, a, b], width)
+    alone = decode_frames(probe, [a, b], width)  # no repeats: whether those are collapsed is another matter
     for index in indices:
         try:
             found[index] = decode_frames(probe, [a, index, b], width) == alone
