@@ -22,9 +22,6 @@ from recipes.quiet import quiet_imports, quiet_nemo
 from recipes.threads import set_threads
 
 
-ROOT = Path(__file__).resolve().parent.parent
-
-
 class AverageError(RuntimeError):
     """A run that has nothing to average. The message is one line."""
 
@@ -125,7 +122,7 @@ def main(arguments: list[str] | None = None) -> int:
     set_threads()
     quiet_imports()
     from manifests.schema import ManifestError
-    from recipes.config import ConfigError
+    from recipes.config import ROOT, ConfigError
     from recipes.decode import AudioError
 
     exp, out = args.exp.resolve(), args.out.resolve()

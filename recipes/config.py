@@ -20,6 +20,7 @@ from recipes.threads import usable_cores
 
 ROOT = Path(__file__).resolve().parent.parent
 CONF = ROOT / "conf"
+MOST_WORKERS = 12
 # Set by train.py itself after the check.
 COMPUTED = {"model.train_ds.batch_duration", "model.optim.sched.warmup_steps", "model.optim.sched.min_lr"}
 
@@ -53,10 +54,8 @@ def loader_workers(accelerator: str, devices) -> int:
     return max(2, min(MOST_WORKERS, usable_cores() // sharing - 1))
 
 
-MOST_WORKERS = 12
-
 OmegaConf.register_new_resolver("cpu_precision", cpu_precision, replace=True)
-OmegaConf.register_new_resolver("gpu_precision", gpu_precision, replace=True, use_cache=False)
+OmegaConf.register_new_resolver("gpu_precision", gpu_precision, replace=True)
 OmegaConf.register_new_resolver("loader_workers", loader_workers, replace=True)
 OmegaConf.register_new_resolver("on_gpu", lambda accelerator, yes, no: no if accelerator == "cpu" else yes, replace=True)
 OmegaConf.register_new_resolver("len", lambda items: len(items), replace=True)
@@ -117,7 +116,7 @@ def compose(config_name: str, overrides: list[str], manifests: bool = True) -> D
         try:
             parsed = OverridesParser.create().parse_overrides(overrides)
         except HydraException as error:
-            raise ConfigError(f"override cannot be read: {_on_one_line(error)}") from None
+            raise ConfigError(f"override cannot be read: {one_line(error)}") from None
         groups = {path.name for path in CONF.iterdir() if path.is_dir()}
         for override in parsed:
             key = override.key_or_group
@@ -138,11 +137,11 @@ def compose(config_name: str, overrides: list[str], manifests: bool = True) -> D
         try:
             cfg = hydra_compose(name, overrides=[_logger_alias(line) for line in overrides])
         except HydraException as error:
-            raise ConfigError(_on_one_line(error)) from None
+            raise ConfigError(one_line(error)) from None
     try:
         check(cfg, manifests)
     except (OmegaConfBaseException, TypeError, AttributeError) as error:
-        raise ConfigError(f"the configuration does not hold together: {_on_one_line(error)}") from None
+        raise ConfigError(f"the configuration does not hold together: {one_line(error)}") from None
     return cfg
 
 
@@ -155,7 +154,8 @@ def hydra_arguments(arguments: list[str]) -> list[str]:
     return [_logger_alias(argument) for argument in arguments]
 
 
-def _on_one_line(error: Exception) -> str:
+def one_line(error: Exception) -> str:
+    """Its message without line breaks."""
     return " ".join(line.strip() for line in str(error).splitlines() if line.strip())
 
 
@@ -316,7 +316,7 @@ def check_against_code(cfg: DictConfig) -> None:
         try:
             built = hydra.utils.get_class(node["_target_"])
         except Exception as error:
-            raise ConfigError(f"model.{section}._target_={node['_target_']}: {_on_one_line(error)}") from None
+            raise ConfigError(f"model.{section}._target_={node['_target_']}: {one_line(error)}") from None
         compare(f"model.{section}", [k for k in node if k != "_target_"], _arguments(built))
     optim = cfg.model.optim
     if optim.name not in AVAILABLE_OPTIMIZERS:

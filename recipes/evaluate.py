@@ -19,6 +19,7 @@ if not __package__:  # started by path: the project's root in place of this fold
     sys.path[0] = str(Path(__file__).resolve().parent.parent)
 
 from manifests.schema import ManifestError, iter_manifest, resolve_audio, show, write_atomic, write_manifest
+from manifests.validate import DURATION_TOLERANCE
 from recipes.options import (
     EXIT_FAILED, EXIT_USAGE, UsageError, existing_model, fail, option, parse, path_list, positive, required
 )
@@ -29,7 +30,6 @@ NORMALISATION = (
     "references and hypotheses alike: lower case, Unicode NFKC, every kind of apostrophe as ', white space collapsed "
     "(manifests.text.normalize)"
 )
-DURATION_TOLERANCE = 0.01  # seconds, as in manifests.validate
 INTERVAL = "95 % bootstrap over utterances, 1000 draws, seed 0"
 
 
@@ -139,7 +139,7 @@ def evaluate_model(model, manifests, *, output=None, names=None, batch_seconds: 
 
     ready = isinstance(manifests, list) and all(isinstance(one, EvaluationSet) for one in manifests)
     sets = manifests if ready else read_sets(manifests, names)
-    results, texts, heard = [], [], []
+    results, texts = [], []
     total = round(sum(one.seconds for one in sets))
     shown = {"unit": "s", "unit_scale": True, "desc": "seconds of audio", "leave": False, "disable": not progress}
     with tqdm(total=total, **shown) as bar:
@@ -152,7 +152,6 @@ def evaluate_model(model, manifests, *, output=None, names=None, batch_seconds: 
                 raise ManifestError(f"{one.path}:{one.lines[error.index]}: {error}") from error
             results.append({**_result(one, hypotheses, decoder), "too_short": len(decoder.short)})
             texts.append(hypotheses)
-            heard.append(sum(decoder.audio_seconds))
     metrics = {
         "model": str(Path(model_path).resolve()) if model_path else None,
         "model_class": f"{type(model).__module__}.{type(model).__qualname__}",
@@ -162,7 +161,7 @@ def evaluate_model(model, manifests, *, output=None, names=None, batch_seconds: 
         "normalisation": NORMALISATION,
         "interval": INTERVAL,
         "manifests": results,
-        "overall": _overall(sets, texts, results, sum(heard)),
+        "overall": _overall(sets, texts, results),
     }
     if output is not None:
         folder = Path(output)
@@ -194,13 +193,14 @@ def _result(one: EvaluationSet, hypotheses: list[str], decoder) -> dict:
             "duration_off": first}
 
 
-def _overall(sets: list[EvaluationSet], texts: list[list[str]], results: list[dict], heard: float) -> dict:
+def _overall(sets: list[EvaluationSet], texts: list[list[str]], results: list[dict]) -> dict:
     with_text = [(one, hypotheses) for one, hypotheses in zip(sets, texts) if one.has_text]
     references = [row["text"] for one, _ in with_text for row in one.rows] if with_text else None
     scores = _scores(references, [text for _, hypotheses in with_text or zip(sets, texts) for text in hypotheses])
     scores["utterances"] = sum(len(one.rows) for one in sets)
     scores["empty_hypotheses"] = sum(result["empty_hypotheses"] for result in results)
-    return {**scores, **_cost(heard, sum(result["seconds"] for result in results))}
+    hours, seconds = (sum(result[key] for result in results) for key in ("hours", "seconds"))
+    return {**scores, **_cost(3600 * hours, seconds)}
 
 
 def _scores(references: list[str] | None, hypotheses: list[str]) -> dict:

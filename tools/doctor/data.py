@@ -286,8 +286,7 @@ def durations(subject):
             "says: where it says too few, that much of the end is cut off, which is little here.",
             {"utterances": count, "of": utterances, "far off": far, "seconds off, at most": round(most, 3),
              "first": examples(found)},
-            [*_offsets(off, {line: row for at, row in rows.items() for name, _, line in [at.rpartition(":")]
-                             if name == file}),
+            [*_offsets(file, off, rows),
              "take durations from the audio's headers: build the manifest again (python -m manifests.corpus build, or "
              "python -m manifests.own_data)"],
             1.0,
@@ -295,10 +294,13 @@ def durations(subject):
         )
 
 
-def _offsets(off: dict[int, tuple[float, float]], rows: dict[str, dict]) -> list[str]:
-    """The change where rows are stretches of long recordings, and where these begin is not said, or not in seconds."""
-    uses = Counter(row["audio_filepath"] for row in rows.values())
-    wrong = [(row, off[int(line)]) for line, row in rows.items() if int(line) in off]
+def _offsets(file: str, off: dict[int, tuple[float, float]], rows: dict[str, dict]) -> list[str]:
+    """The change where rows are stretches of long recordings, and where these begin is not said, or not in seconds.
+
+    `off`: line of the file -> what `_off` says of it; `rows`: "file:line" -> row, of all manifests.
+    """
+    uses = Counter(row["audio_filepath"] for at, row in rows.items() if at.rpartition(":")[0] == file)
+    wrong = [(rows[at], gap) for line, gap in off.items() if (at := f"{file}:{line}") in rows]
     unsaid = sum(seconds < 0 and uses[row["audio_filepath"]] > 1 and "offset" not in row for row, (seconds, _) in wrong)
     beyond = sum(left <= 0 and row.get("offset", 0) > 0 for row, (_, left) in wrong)
     if unsaid > len(wrong) / 2:

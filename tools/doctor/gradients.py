@@ -19,11 +19,10 @@ def backward(probe) -> tuple[dict[str, float], str]:
     """
     step = run_training_step(probe)
     loss, source = step.loss, "training_step"
+    if loss is not None and not loss.requires_grad:
+        return {name: -1.0 for name, p in probe.model.named_parameters() if p.requires_grad}, source
     # Of targets that do not fit NeMo makes a loss of 0, which says nothing of the model: the lengths do.
-    nothing_fits = loss is not None and loss.requires_grad and not bool(loss.detach().any())
-    if loss is None or not loss.requires_grad or nothing_fits:
-        if loss is not None and not nothing_fits:
-            return {name: -1.0 for name, p in probe.model.named_parameters() if p.requires_grad}, source
+    if loss is None or not bool(loss.detach().any()):
         x, lengths = probe.features()
         out, frames = probe.forward(x, lengths)
         targets = torch.ones(len(x), 2, dtype=torch.long, device=x.device)

@@ -168,7 +168,7 @@ def decoder_collapses(subject):
     """Decoding makes one letter of equal neighbours."""
     probe = subject.probe
     _decodes(probe)
-    plain = [i for i, label in enumerate(probe.vocabulary) if label.strip()][:2]
+    plain = _two_letters(probe)
     if len(plain) < 2:
         raise NotExamined("fewer than two labels are letters")
     a, b = plain
@@ -189,10 +189,15 @@ def decoder_collapses(subject):
         )
 
 
+def _two_letters(probe, without: list[int] = ()) -> list[int]:
+    """Indices of two labels that leave something in a text, `without` left out; fewer where there are no more."""
+    return [i for i, label in enumerate(probe.vocabulary) if label.strip() and i not in without][:2]
+
+
 def _dropped(probe, indices: list[int], width: int) -> dict[int, bool]:
     """Index -> whether decoding leaves nothing of it between two letters."""
     found = {}
-    plain = [i for i, label in enumerate(probe.vocabulary) if label.strip() and i not in indices][:2]
+    plain = _two_letters(probe, indices)
     if len(plain) < 2:
         return found
     a, b = plain

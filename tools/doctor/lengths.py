@@ -280,8 +280,8 @@ def _too_long(probe, role, rows, need, room, rule, rate):
         else "note",
         symptom,
         f"The model puts out one frame for {rule.stride} feature frames, {rate / max(rule.stride, 1):.3g} a second; "
-        "CTC needs one for each target symbol and one between equal neighbours. NeMo sets such a loss to 0 without a word: nothing is learned from these "
-        "utterances.",
+        "CTC needs one for each target symbol and one between equal neighbours. NeMo sets such a loss to 0 without a "
+        "word: nothing is learned from these utterances.",
         {"utterances": len(bad), "of": len(rows), "share": round(share, 4), "over 80 % full": tight,
          "subsampling": rule.stride, "feature frames a second": round(rate, 1), "median fill": round(middle, 3),
          "worst": [f"{rows[i]['_at']}: {need[i]} symbols, {room[i]} frames, {rows[i]['duration']:.2f} "

@@ -57,18 +57,22 @@ def durations_kept(subject):
         if not durations or share >= KEPT:
             continue
         short, long = sum(d < low for d in durations), sum(d > high for d in durations)
-        key = s.key(keys["max_duration" if long >= short else "min_duration"])
         ordered = sorted(durations)
-        most = ordered[min(int(0.99 * len(ordered)), len(ordered) - 1)] if long >= short else ordered[0]
+        if long >= short:
+            name, limit, within = "max_duration", high, ", which 99 % of them are within"
+            enough = ordered[min(int(0.99 * len(ordered)), len(ordered) - 1)]
+        else:
+            name, limit, within, enough = "min_duration", low, "", ordered[0]
+        key = s.key(keys[name])
         yield Finding(
             "data-filtered", "prevents" if role == "train" and not left else "warning",
-            f"{key}={(high if long >= short else low):g} leaves {len(left)} of {len(durations)} utterances of {role}, "
+            f"{key}={limit:g} leaves {len(left)} of {len(durations)} utterances of {role}, "
             f"{sum(left) / 3600:.2f} of {sum(durations) / 3600:.2f} h.",
             "Loaders drop what is shorter or longer without a word: the model learns from the rest alone, and never "
             "hears speech of the lengths that it is tested on.",
             {"longer": long, "shorter": short, "of": len(durations), "share of the hours left": round(share, 3),
              "median, s": ordered[len(ordered) // 2], "longest, s": ordered[-1]},
-            [f"{key}={most:.2f}" + (", which 99 % of them are within" if long >= short else "")], 0.9, where=key)
+            [f"{key}={enough:.2f}{within}"], 0.9, where=key)
 
 
 def _lost(node, prefix: str = ""):

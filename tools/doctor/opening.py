@@ -45,7 +45,7 @@ def open_model(subject: Subject):
     if live:
         if not isinstance(given, torch.nn.Module) or not hasattr(given, "forward"):
             raise unreadable(f"The model given is a {type(given).__name__}.", "model",
-                              ["give an EncDecCTCModel, or the path of a .nemo or checkpoint"])
+                             ["give an EncDecCTCModel, or the path of a .nemo or checkpoint"])
         if is_transducer(given):
             raise _not_ctc(type(given).__name__)
         return _that_runs(Probe(given, subject, device=device, own=False))
@@ -55,7 +55,7 @@ def open_model(subject: Subject):
         except Exception as error:  # torch has no common kind for a device that is not there
             line = " ".join(str(error).split())[:200]
             raise unreadable(f"The device {str(device)!r} cannot be used: {line}.", str(device),
-                              ["give cpu or cuda, or leave it out"]) from None
+                             ["give cpu or cuda, or leave it out"]) from None
     if given is not None:
         model = restore(Path(given), subject)
     else:
@@ -214,7 +214,7 @@ def restore(path: Path, subject: Subject):
         raise unreadable(absent, str(path), ["give the path of a .nemo or .ckpt"])
     if (wrong := not_a_model(path)) is not None:
         raise unreadable(f"{path} cannot be restored: {wrong}.", str(path),
-                          ["give a complete file written by NeMo or Lightning"])
+                         ["give a complete file written by NeMo or Lightning"])
     try:
         if path.suffix == ".nemo":
             from nemo.collections.asr.models import ASRModel
@@ -227,11 +227,11 @@ def restore(path: Path, subject: Subject):
     except Exception as error:  # tar, yaml, pickle, torch: no common kind
         line = " ".join(str(error).split())[:300]
         raise unreadable(f"{path} cannot be restored: {type(error).__name__}: {line}", str(path),
-                          ["give a complete file written by NeMo or Lightning; a checkpoint that was cut off while it "
-                           "was written is lost, use the one before it"]) from error
+                         ["give a complete file written by NeMo or Lightning; a checkpoint that was cut off while it "
+                          "was written is lost, use the one before it"]) from error
     if not all(hasattr(model, part) for part in ("encoder", "decoder", "loss")):
         raise unreadable(f"{path} holds a {type(model).__name__}, which is no CTC model.", str(path),
-                          ["give a model with encoder, decoder and CTC loss"])
+                         ["give a model with encoder, decoder and CTC loss"])
     return model
 
 
@@ -269,7 +269,7 @@ def _from_checkpoint(path: Path, subject: Subject):
         own = own.get("cfg", own) if isinstance(own, dict) or OmegaConf.is_config(own) else {}
         if not (isinstance(own, (dict, DictConfig)) and "encoder" in own):
             raise unreadable(f"{path} does not say how its model is built.", str(path),
-                              ["give the configuration too: --config config.yaml"])
+                             ["give the configuration too: --config config.yaml"])
         settings = Settings(OmegaConf.create({"model": own}), str(path))
         subject.settings = subject.settings or settings
     model = build(settings)
@@ -277,7 +277,7 @@ def _from_checkpoint(path: Path, subject: Subject):
     missing = [key for key in missing if not key.startswith(("preprocessor.", "spec_augmentation.", "loss.", "wer."))]
     if missing:
         raise unreadable(f"{path} lacks {len(missing)} of the model's weights, first {missing[0]}.", str(path),
-                          ["give the configuration that the checkpoint was trained with"])
+                         ["give the configuration that the checkpoint was trained with"])
     return model
 
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import difflib
-import inspect
 import re
 from types import SimpleNamespace
 
@@ -30,22 +29,21 @@ def can_be_made(subject):
     if not isinstance(s.get("model.optim"), DictConfig):
         raise NotExamined("the configuration has no model.optim")
     optim, sched = _settings(subject)
-    for key, settings in (("model.optim", {**optim, "sched": None}), ("model.optim.sched", {**optim, "sched": sched})):
-        if key == "model.optim.sched" and not sched:
-            return
+    parts = [("optimizer", s.key("model.optim"), optim.get("_target_") or optim.get("name", "adam"), optim)]
+    if sched:
+        parts.append(("schedule", s.key("model.optim.sched"), sched.get("name"), {**optim, "sched": sched}))
+    for what, key, name, settings in parts:
         error = _error(ModelPT, settings)
         if error is None:
             continue
-        what = "optimizer" if key == "model.optim" else "schedule"
-        name = settings.get("_target_") or settings.get("name", "adam") if what == "optimizer" else sched.get("name")
         said = first_line(error).partition(" Available ")[0]
         if HARDWARE.search(f"{name} {said}"):
-            raise NotExamined(f"{s.key(key)} needs what is not here: {said}")
+            raise NotExamined(f"{key} needs what is not here: {said}")
         yield Finding(
             "model-does-not-build", "prevents", f"The {what} {name} cannot be made: {said}",
             "It is made when training begins, and ends it there.",
-            {"error": f"{type(error).__name__}: {said}"}, [_change(s.key(key), what, name, error)], 0.95,
-            where=s.key(key))
+            {"error": f"{type(error).__name__}: {said}"}, [_change(key, what, name, error)], 0.95,
+            where=key)
         return  # without the optimizer there is no schedule
 
 
@@ -71,7 +69,6 @@ def _error(model_class, optim: dict) -> Exception | None:
     import torch
 
     groups = [{"params": [torch.nn.Parameter(torch.zeros(2, 2))]}]
-    optim = {key: value for key, value in optim.items() if key != "sched" or value}
     stand_in = SimpleNamespace(
         _cfg=None, _trainer=None, _train_dl=None, _optimizer_param_groups=groups,
         setup_optimizer_param_groups=lambda: None, _optim_config_copy=lambda config: OmegaConf.create(config))
@@ -98,5 +95,4 @@ def _change(key: str, what: str, name: str, error: Exception) -> str:
 def _names(what: str) -> list[str]:
     from nemo.core.optim import lr_scheduler, optimizers
 
-    known = optimizers.AVAILABLE_OPTIMIZERS if what == "optimizer" else lr_scheduler.AVAILABLE_SCHEDULERS
-    return sorted(name for name, made in known.items() if inspect.isclass(made) or callable(made))
+    return sorted(optimizers.AVAILABLE_OPTIMIZERS if what == "optimizer" else lr_scheduler.AVAILABLE_SCHEDULERS)

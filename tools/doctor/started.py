@@ -40,14 +40,15 @@ def open_started(subject: Subject):
 
 def _revocabularied(model, settings):
     """The model with the new tokenizer or labels, where the configuration asks for them."""
+    tokens = bool(settings.get("model.tokenizer.update_tokenizer"))
     try:
-        if settings.get("model.tokenizer.update_tokenizer"):
+        if tokens:
             folder, kind = settings.tokenizer_dir, str(settings.get("model.tokenizer.type") or "bpe")
             model.change_vocabulary(new_tokenizer_dir=folder, new_tokenizer_type=kind)
         elif settings.get("model.char_labels.update_labels"):
             model.change_vocabulary(new_vocabulary=list(settings.get("model.char_labels.labels") or []))
     except Exception as error:  # no folder, no labels, a tokenizer for a model of characters
-        where = settings.key("model.tokenizer" if settings.get("model.tokenizer.update_tokenizer") else "model.char_labels")
+        where = settings.key("model.tokenizer" if tokens else "model.char_labels")
         raise does_not_build(error, where, "The new vocabulary cannot be put in place of the model's own.",
                              [f"mend {where} as the message says"]) from error
     return model
