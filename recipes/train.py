@@ -17,7 +17,7 @@ if not __package__:  # started by path: the project's root in place of this fold
     sys.path[0] = str(Path(__file__).resolve().parent.parent)
 
 from recipes import cluster
-from recipes.config import CONF, COMPUTED, ConfigError, check_against_code, compose, hydra_arguments, recipes
+from recipes.config import CONF, COMPUTED, ConfigError, check_against_code, compose, hydra_arguments, one_line, recipes
 from recipes.pretrained import FOLDERS, pretrained_path
 from recipes.quiet import quiet_imports, quiet_nemo
 from recipes.threads import set_threads
@@ -82,10 +82,10 @@ def _guarded_fit(cfg) -> int:
 
 def _one_line(error: Exception) -> str:
     """Its message in one line; of one that a loader's worker passes on with its traceback, what stands at the end."""
-    lines = [line.strip() for line in str(error).splitlines() if line.strip()] or [type(error).__name__]
     if "Traceback" not in str(error):
-        return " ".join(lines)
-    return lines[-1].partition(f"{type(error).__name__}: ")[2] or lines[-1]
+        return one_line(error) or type(error).__name__
+    last = str(error).strip().splitlines()[-1].strip()
+    return last.partition(f"{type(error).__name__}: ")[2] or last
 
 
 @contextmanager
@@ -118,6 +118,7 @@ def fit(cfg):
     from recipes import resume
     from recipes.gpu import missing_gpus
     from recipes.monitor import Progress, SaveLast, WandbMedia
+    from tools.doctor.bands import corpus_of
     from tools.doctor.callback import Doctor  # an entry point may attach a monitor of tools
 
     quiet_nemo()
@@ -140,7 +141,8 @@ def fit(cfg):
             print(f"training is complete: step {steps} of {cfg.trainer.max_steps}", flush=True)
         return None
     progress = Progress(folder, every_n_steps=cfg.trainer.log_every_n_steps)
-    callbacks = [progress, SaveLast(), WandbMedia(), Doctor(folder=folder, recipe=cfg.name, corpus=cfg.corpus.name)]
+    corpus = corpus_of(cfg.corpus.name, cfg.model.train_ds.manifest_filepath)
+    callbacks = [progress, SaveLast(), WandbMedia(), Doctor(folder=folder, recipe=cfg.name, corpus=corpus)]
     if cfg.exp_manager.create_wandb_logger and not os.environ.get("WANDB_API_KEY") and not _wandb_login():
         os.environ.setdefault("WANDB_MODE", "offline")
     with _building():

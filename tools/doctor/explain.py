@@ -12,6 +12,7 @@ from pathlib import Path
 from statistics import median
 
 from tools.doctor import folders, saved
+from tools.doctor.bands import corpus_of
 from tools.doctor.curves import STEP_NAMES, joined, read_csv, read_events
 from tools.doctor.finding import Finding
 from tools.doctor.logs import LOGS, read_logs, run_ended
@@ -110,7 +111,8 @@ def _plan(trace: Trace, settings) -> None:
     trace.precision = str(settings.get("trainer.precision", ""))
     trace.optimizer = str(settings.get("model.optim.name", ""))
     if settings.recipe:
-        trace.recipe, trace.corpus = str(settings.get("name", "")), str(settings.get("corpus.name", ""))
+        trace.recipe = str(settings.get("name", ""))
+        trace.corpus = corpus_of(str(settings.get("corpus.name", "")), settings.get("model.train_ds.manifest_filepath"))
 
 
 # ---- curves ----------------------------------------------------------------------------------------------------

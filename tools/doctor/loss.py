@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
+from collections.abc import Iterator
+
 import torch
 from torch import Tensor
 from torch.nn import functional as F
@@ -319,13 +322,10 @@ def run_training_step(probe) -> TrainingStep:
             for module in model.modules()
             if type(module) is type(own_loss) and module is not own_loss
         ]
-    held = {name: vars(model)[name] for name in STOOD_IN_FOR if name in vars(model)}
     try:
-        stand_in_for_trainer(model)
-        object.__setattr__(model, "forward", forward)
-        torch.manual_seed(5)
-        takes_ids = "recipes.ctc_model" in {kind.__module__ for kind in type(model).__mro__}
-        result = model.training_step(batch if takes_ids else batch[:4], 0)
+        with without_trainer(model, forward):
+            torch.manual_seed(5)
+            result = model.training_step(batch if of_the_recipes(model) else batch[:4], 0)
         loss = result["loss"] if isinstance(result, dict) else result
         step.loss = loss if isinstance(loss, Tensor) else None
         step.error = "" if step.loss is not None else "it returns no loss"
@@ -334,10 +334,6 @@ def run_training_step(probe) -> TrainingStep:
     finally:
         for handle in handles:
             handle.remove()
-        for name in STOOD_IN_FOR:
-            vars(model).pop(name, None)
-            if name in held:
-                object.__setattr__(model, name, held[name])
     step.outputs = passes[0] if len(passes) == 1 and passes[0][0].dim() == 3 else None
     return step
 
@@ -365,13 +361,28 @@ class _Anything:
         return False
 
 
-def stand_in_for_trainer(model) -> None:
-    """Lets `training_step` run: a trainer of no consequence, logging that goes nowhere."""
+@contextlib.contextmanager
+def without_trainer(model, forward) -> Iterator[None]:
+    """Lets a step run, with this `forward`: a trainer of no consequence, logging that goes nowhere."""
+    held = {name: vars(model)[name] for name in STOOD_IN_FOR if name in vars(model)}
     object.__setattr__(model, "log", lambda *args, **kwargs: None)
     object.__setattr__(model, "log_dict", lambda *args, **kwargs: None)
     object.__setattr__(model, "_optimizer", _Anything())
     object.__setattr__(model, "_trainer", _Anything())
     object.__setattr__(model, "_train_dl", None)  # ours keeps count of the batches that were trained on
+    object.__setattr__(model, "forward", forward)
+    try:
+        yield
+    finally:
+        for name in STOOD_IN_FOR:
+            vars(model).pop(name, None)
+            if name in held:
+                object.__setattr__(model, name, held[name])
+
+
+def of_the_recipes(model) -> bool:
+    """Whether it is a model of this repository, whose batches have ids."""
+    return "recipes.ctc_model" in {kind.__module__ for kind in type(model).__mro__}
 
 
 def training_batch(probe):

@@ -40,6 +40,7 @@ FAMILIES: dict[str, tuple[str, tuple[str, ...]]] = {
     "locality": ("tools.doctor.locality", ("model",)),
     "invariance": ("tools.doctor.invariance", ("model",)),
     "depth": ("tools.doctor.depth", ("model",)),
+    "validation": ("tools.doctor.validation", ("model",)),
     "heard": ("tools.doctor.heard", ("model",)),
     "loader": ("tools.doctor.delivered", ("model",)),
     "run": ("tools.doctor.run", ("run",)),

@@ -367,7 +367,8 @@ def effective_batch(subject):
             "The gradient of so few utterances is mostly noise: from scratch the model stays with blanks, and batch "
             "normalisation has next to no statistics.", evidence,
             ["trainer.accumulate_grad_batches=8, or a larger model.train_ds.batch_size"], 0.8, where=key)
-    elif p.steps_a_pass is not None and p.steps_a_pass < 8 and p.steps is not None and p.steps < 600:
+    elif (p.steps_a_pass is not None and p.steps_a_pass < 8 and p.steps is not None and p.steps < 600
+          and not _has_learned(subject)):
         yield Finding(
             "batch-size", "warning",
             f"The batch of {p.utterances:.0f} utterances makes {p.steps_a_pass:.1f} steps of a pass over the data, "
@@ -375,6 +376,15 @@ def effective_batch(subject):
             "CTC from scratch needs hundreds to thousands of steps to leave its plateau of blanks; a large batch on a "
             "small "
             "corpus has too few.", evidence, ["a smaller batch, or more epochs"], 0.7, where=key)
+
+
+def _has_learned(subject) -> bool:
+    """Whether it is of a run whose loss has left its plateau: then there were steps enough for that."""
+    from tools.doctor.explain import trace_of
+    from tools.doctor.trace import shape
+
+    curve = shape(trace_of(subject)) if subject.has("run") else None
+    return curve is not None and bool(curve.learned)
 
 
 def _recipe_batch(s) -> float | None:

@@ -427,6 +427,20 @@ def test_outside_the_band_is_a_warning_and_no_more(tmp_path):
     assert band[0].weight == "warning" and report.exit_code == 0 and len(band[0].plots) >= 2
 
 
+def test_no_band_for_other_data_and_where_there_is_none(tmp_path):
+    rows = curve(400, loss=lambda s: 2.0, blank=lambda s: 0.3)
+    said = {}
+    for corpus, train in (("mini", "data/mini/train.json"), ("mini", "mine/train.json"), ("librispeech_8h", None)):
+        whole = config(2000, 100, train_ds={"manifest_filepath": train}) | {
+            "name": "deepspeech2", "corpus": {"name": corpus}, "training": {}}
+        report = explain(write_curve(tmp_path / f"{corpus}{train}".replace("/", "_"), rows, whole))
+        said[corpus, train] = [f.weight for f in report.findings if "healthy run of" in f.symptom] + [
+            line.split(": ", 2)[2] for line in report.not_examined if "healthy runs" in line]
+    assert list(said.values()) == [
+        ["warning"], ["the run is not of a recipe and corpus of ours"],
+        ["there is no band of healthy runs of deepspeech2 on librispeech_8h"]]
+
+
 def test_reading_needs_no_configuration(tmp_path):
     trace = read_run(write_curve(tmp_path / "x", curve(100, loss=learns)))
     assert trace.loss_unit == "character" and trace.last_step == 100 and trace.sources == ["curve.csv"]

@@ -84,10 +84,21 @@ def at(band: dict, column: str, step: int) -> tuple[float, float] | None:
     return data["low"][k], data["high"][k]
 
 
+def corpus_of(name: str, train) -> str:
+    """The corpus whose band a run can be held against: `name`, or "" where it trains on another manifest than that
+    corpus's own, which every builder writes as <name>/train.json. `train` None: the configuration does not say."""
+    return name if train is None or Path(str(train)).parts[-2:] == (name, "train.json") else ""
+
+
 def outside(trace) -> list[Finding]:
-    """Where a trace's end lies against the band of its recipe: a note inside, a warning well outside."""
+    """Where a trace's end lies against the band of its recipe: a note inside, a warning well outside.
+
+    Raises NotExamined where there is no band for it.
+    """
     band = load(trace.recipe, trace.corpus)
-    if band is None or trace.last_step < 5:
+    if band is None:
+        raise NotExamined(f"there is no band of healthy runs of {trace.recipe} on {trace.corpus}")
+    if trace.last_step < 5:
         return []
     if trace.planned and not 0.5 < trace.planned / band["steps"] < 2:
         raise NotExamined(f"the run is planned for {trace.planned} steps, those of the band had {band['steps']}")

@@ -37,9 +37,11 @@ def run(folder, callbacks):
     rows = tones.real()
     if rows is None:
         pytest.skip("real LibriSpeech sample ../shared/librispeech/sample is not on this machine")
+    # As most of LibriSpeech is: what a recurrence that grows makes of 4 s is still finite.
+    rows = [row for row in rows if row["duration"] > 10]
     given = {"train": [tones.write(folder / "train.json", rows)]}
     section = models.section(mine(__name__), given, width=256, preprocessor=models.preprocessor(normalize=None),
-                             optim={"name": "adamw", "lr": 3e-3}, **models.datasets(given, batch_size=4))
+                             optim={"name": "adamw", "lr": 1e-2}, **models.datasets(given, batch_size=4))
     model = models.build(section)
     return model, fit(model, folder, 40, callbacks)
 

@@ -14,21 +14,9 @@ class Model(EncDecCTCModel):
         return {"val_loss": loss, "val_wer": wer, "log": {"val_loss": loss, "val_wer": wer}}
 
 
-def run(folder, callbacks):
-    from tests.tools.doctor.setups.runs import fit
-
-    given = tones.manifests(folder)
-    dev = tones.corpus(folder, count=12, seed=7, name="dev", words=(5, 9))
-    dev += tones.corpus(folder, count=5, seed=8, name="short", words=(1, 2))
-    given["validation"] = [tones.write(folder / "dev.json", dev)]
-    model = models.build(models.section("conv", given, **models.datasets(given, batch_size=12)), cls=Model)
-    return model, fit(model, folder, 60, callbacks, validate=True, val_check_interval=20, check_val_every_n_epoch=None)
-
-
 def make(folder):
-    from tests.tools.doctor.setups.runs import observed
+    given = tones.manifests(folder)
+    return {"model": models.build(models.section("conv", given), cls=Model), "manifests": given}
 
-    return observed(run)(folder)
 
-
-FAULT = Fault("wer_averaged_over_batches", ("metric-averaged",), "during", make, run)
+FAULT = Fault("wer_averaged_over_batches", ("metric-averaged",), "before", make)
