@@ -179,6 +179,19 @@ def test_training_goes_on_in_the_middle_of_an_epoch(lhotse_config):
     assert [batch[4] for batch in resumed] == whole[2:]
 
 
+def test_batches_drawn_in_a_process_of_their_own_are_those_drawn_here(lhotse_config):
+    """So they are with workers and several ranks; a resumed epoch too."""
+    beside = lhotse_config.copy()
+    beside.num_workers = 1
+    for rank in range(2):
+        here, there = (lhotse_loader(cfg, CharEncoder(LABELS), rank, 2) for cfg in (lhotse_config, beside))
+        whole = epoch(here, 1)
+        assert epoch(there, 1) == whole and len(whole) > 2
+        assert there.sampler.diagnostics.kept_cuts == 0 < here.sampler.diagnostics.kept_cuts
+        there.load_state_dict({"epoch": 1, "batches": 2})
+        assert [batch[4] for batch in there] == whole[2:]
+
+
 def test_cached_features_are_those_of_the_audio_and_are_computed_once(lhotse_config, monkeypatch):
     from nemo.collections.asr.modules import AudioToMelSpectrogramPreprocessor
 
