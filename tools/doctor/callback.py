@@ -28,11 +28,12 @@ from tools.doctor.finding import Finding, Report
 from tools.doctor.frames import Frames, Gradients, Movement
 from tools.doctor.guard import guarded
 from tools.doctor.live import (
-    follow_rate, is_scalar, keep_gradients, optimizer_findings, planned_steps, probe_model, run_folder, save, scanned,
-    schedule_findings, settings_of,
+    follow_rate, is_scalar, keep_gradients, optimizer_findings, other_labels, planned_steps, probe_model, run_folder,
+    save, scanned, schedule_findings, settings_of,
 )
 from tools.doctor.logs import ended_by
 from tools.doctor.metrics import Tally
+from tools.doctor.moved import Moved
 from tools.doctor.nonfinite import SCALER_PATIENCE
 from tools.doctor.pace import Pace
 from tools.doctor.recount import Recount
@@ -94,6 +95,7 @@ class Doctor(Callback):
         self._watch: Watch | None = None
         self._delivered: Delivered | None = None
         self._gradients: Gradients | None = None
+        self._moved: Moved | None = None
         self._final: Report | None = None
         self._others: list[dict] = []  # what all ranks have told, at the end
 
@@ -102,6 +104,10 @@ class Doctor(Callback):
     def setup(self, trainer, pl_module, stage):
         if stage == "fit":
             self._begin()
+
+    @guarded
+    def on_load_checkpoint(self, trainer, pl_module, checkpoint):
+        self.fixed += other_labels(checkpoint, utterances.labels_of(pl_module))
 
     @guarded
     def on_train_start(self, trainer, pl_module):
@@ -122,6 +128,7 @@ class Doctor(Callback):
         self._frames = Frames(utterances.labels_of(pl_module))
         manifests = trace.settings.manifests.get("train", []) if trace.settings is not None else []
         self._delivered = Delivered(manifests, utterances.rate_of(pl_module), utterances.frame_rate_of(pl_module))
+        self._moved = Moved(pl_module, trainer.optimizers, trace, self.pace.counted)
         self._listener.open()
         self._computes_alone = possible(trainer)
         self.pace.begun = self._saved = time.perf_counter()
@@ -139,7 +146,7 @@ class Doctor(Callback):
             self._loss = None
             self._state = RandomState(pl_module.device)
             step = trainer.global_step
-            self._looks = step % self.pace.stride == 0 or step < 5
+            self._looks = self._moved.look = step % self.pace.stride == 0 or step < 5
             self._watch = None
             if step in (0, 20) or (step % SCAN_EVERY == 0 and self.pace.affordable()):
                 self._watch = Watch(pl_module, leaves_only=True, counted=lambda: self.pace.counted(pl_module.device))
@@ -199,6 +206,9 @@ class Doctor(Callback):
             if self._waits and (len(self._waits) >= 50 or self._looks and len(self._waits) >= self.pace.stride):
                 self.trace.add("wait", step, sorted(self._waits)[len(self._waits) // 2])
                 self._waits = []
+            if (still := self._moved.batch(trainer, asked=self._gradients is not None)) is not None:
+                self.fixed.append(still)
+                self._announce(trainer)
             self._listener.clear()
             self._batch = self._state = None
             if self._step_taken and step and step % (10 * self.every_n_steps) == 0:
@@ -387,21 +397,26 @@ class Doctor(Callback):
             return self._final
         if not (self.examined or self.fixed or self.trace.series):
             return Report(not_examined=["run: it has not begun"])
-        found, ruled_out, missing = diagnose(self.trace)
-        fixed_ids = {finding.id for finding in self.fixed}
-        found = [*self.fixed, *[finding for finding in found if finding.id not in fixed_ids]]
+        found, ruled_out, missing = self._found()
         found = devices.joined(found, self._others, 0)
         recount = [self._recount.why_not] if self._recount.why_not and Tally.title not in self.examined else []
         report = Report(found, [saved.head(self.trace.last_step), *self.examined], ruled_out,
                         [*missing, *self.not_examined, *recount])
-        over = self.trace.ended and self.trace.last_step >= PROBE_STEPS
-        if probes and troubled(found, over) and self._model is not None and self._computes_alone:
+        if probes and self._model is not None and self._computes_alone:
             with alone():  # asked of one rank only, in a run on several devices
                 report = probe_model(self._model, report)
+        elif probes:
+            report.not_examined.append("the model: it cannot be computed on one device alone")
         report.findings = follow_rate(name_causes(report.findings))
         report.sort()
         report.ruled_out = sorted(set(report.ruled_out) - set(report.ids))
         return report
+
+    def _found(self) -> tuple[list[Finding], list[str], list[str]]:
+        """What was found at once and what the curves say; as `diagnose`."""
+        found, ruled_out, missing = diagnose(self.trace)
+        fixed_ids = {finding.id for finding in self.fixed}
+        return [*self.fixed, *[finding for finding in found if finding.id not in fixed_ids]], ruled_out, missing
 
     def _announce(self, trainer, lost: bool = False) -> None:
         """Says what is new, once; stops the run where asked to and it is lost."""
@@ -435,11 +450,13 @@ class Doctor(Callback):
         self._stop_watching()
         if self.pace.begun is None:
             return
+        self._moved.close()
         self.examined = [line for line in self.examined if not line.startswith("cost:")]
         self.examined.append(f"cost: {self.pace.share()}")
         report = self.report()
         self._save(trainer, report, alone)  # before the probes, which take seconds: nobody may wait for them
-        if probes and self.probe and trainer.world_size == 1:
+        over = self.trace.ended and self.trace.last_step >= PROBE_STEPS
+        if probes and self.probe and trainer.world_size == 1 and troubled(self._found()[0], over):
             report = self.report(probes=True)
             self._save(trainer, report, alone)
         self.pace.begun, self._final = None, report

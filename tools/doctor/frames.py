@@ -69,13 +69,17 @@ class Gradients:
             trace.still_share = values / max(sum(p.numel() for _, p in self.parameters), 1)
 
 
+def some_matrices(model, count: int = 6, most: int = 1_000_000) -> list[torch.nn.Parameter]:
+    """Trainable matrices of at most so many values, spread over the model."""
+    matrices = [p for p in model.parameters() if p.requires_grad and p.dim() >= 2 and 64 <= p.numel() <= most]
+    return matrices[::max(len(matrices) // count, 1)][:count]
+
+
 class Movement:
     """How far one optimizer step moves the weights, relative to their size: the median over a few matrices."""
 
-    def __init__(self, model, count: int = 6, most: int = 1_000_000):
-        matrices = [p for p in model.parameters() if p.requires_grad and p.dim() >= 2 and 64 <= p.numel() <= most]
-        step = max(len(matrices) // count, 1)
-        self.parameters = matrices[::step][:count]
+    def __init__(self, model):
+        self.parameters = some_matrices(model)
         self.held: list | None = None
 
     def before(self) -> None:

@@ -10,7 +10,7 @@ A new check is one function in the module of its family:
 
 and one page in pages/. `faults` that it does not name count as ruled out. Where a check finds that it cannot judge, it
 raises NotExamined with the reason, before its first finding or after. Modules of families are imported only where
-there is something for them to examine; the light ones (data, tokenizer, schedule, limits, run) import no torch.
+there is something for them to examine; the light ones (data, tokenizer, schedule, limits, order, run) import no torch.
 """
 
 from __future__ import annotations
@@ -30,6 +30,7 @@ FAMILIES: dict[str, tuple[str, tuple[str, ...]]] = {
     "tokenizer": ("tools.doctor.tokenizer", ("manifests", "config", "model")),
     "schedule": ("tools.doctor.schedule", ("config", "model")),
     "limits": ("tools.doctor.limits", ("config",)),
+    "order": ("tools.doctor.order", ("config",)),
     "outputs": ("tools.doctor.outputs", ("model",)),
     "features": ("tools.doctor.features", ("model",)),
     "lengths": ("tools.doctor.lengths", ("model",)),

@@ -103,7 +103,7 @@ def _only_worse(curve, causes: list[str], outputs: dict, plots) -> Finding:
 def causes_of(trace: Trace) -> list[str]:
     """Ids of the causes that other rules name for a run that does not learn."""
     found: list[Finding] = []
-    for rule in (non_finite, learning_rate, targets, hidden_losses, unmoved):
+    for rule in (non_finite, learning_rate, targets, hidden_losses, unmoved, undone):
         try:
             found += rule(trace)
         except NotExamined:
@@ -233,6 +233,26 @@ def unmoved(trace: Trace) -> list[Finding]:
          "a layer that is built but not called: delete it"], 0.8, where=trace.still[0])]
 
 
+def undone(trace: Trace) -> list[Finding]:
+    """Steps that are taken back before the next one."""
+    shares = trace.values("undone")
+    if len(shares) < 3:
+        raise NotExamined("the weights after a step were not held against those before the next")
+    share = median(shares)
+    if share < 0.5:
+        return []
+    return [Finding(
+        "weights-not-moved", "prevents" if share > 0.9 else "warning",
+        f"{min(share, 1.0):.1%} of each optimizer step is taken back before the next: the weights are not where the "
+        "optimizer put them.",
+        "Something writes the weights between two steps: an average or a saved copy that is put into the model and never "
+        "taken out, or a callback that restores.",
+        {"share taken back": round(share, 4), "steps looked at": len(shares)},
+        ["keep the average beside the model and swap it in for validation only (NeMo: exp_manager.ema.enable=true)",
+         "look in on_train_batch_end of model and callbacks for copy_(), load_state_dict(), .data ="], 0.9,
+        plots=[trace.plot("Share of a step that is taken back", {"undone": "taken back"}, "share")])]
+
+
 def overfitting(trace: Trace) -> list[Finding]:
     """Validation loss that rises while train loss falls."""
     train = shape(trace)
@@ -326,6 +346,7 @@ RULES = {
     learning_rate: ("lr-zero", "lr-too-low", "lr-too-high", "warmup-too-long"),
     hidden_losses: ("infinite-loss-hidden",),
     unmoved: ("no-gradient",),
+    undone: ("weights-not-moved",),
     progress: ("run-plateau", "run-collapse-blank", "run-collapse-letter", "run-diverged"),
     overfitting: ("run-overfitting",),
     slow_data: ("data-slow",),

@@ -253,4 +253,4 @@ def expanded(path: str) -> list[str]:
 
 
 OF_CONFIGS = {"schedule", "limits", "tokenizer"}  # families that a model's own configuration is enough for
-LIGHT_FAMILIES = {"data", "audio", "pairs", "tokenizer", "schedule", "limits", "run", "metrics"}
+LIGHT_FAMILIES = {"data", "audio", "pairs", "tokenizer", "schedule", "limits", "order", "run", "metrics"}

@@ -290,3 +290,14 @@ def test_limits_of_duration_that_drop_most_of_the_data(tmp_path, limits, weight,
     for finding in found:
         assert finding.where == f"model.train_ds.{where}" and finding.fix[0].startswith(finding.where)
         assert "of 100 utterances" in finding.symptom
+
+
+@pytest.mark.parametrize("shuffle, in_blocks, weight", [
+    (False, True, "warning"), (False, False, "note"), (True, True, None), (None, True, None)])
+def test_train_that_is_never_shuffled(tmp_path, shuffle, in_blocks, weight):
+    rows = [{"audio_filepath": f"/{i // 10 if in_blocks else i % 10}/a{i}", "duration": 3.0, "text": "a"} for i in range(100)]
+    path = str(tiny.write_rows(tmp_path / "t.json", rows))
+    cfg = {"train_ds": {"manifest_filepath": path, **({} if shuffle is None else {"shuffle": shuffle})}}
+    report = examine(config={"model": cfg}, manifests={"train": path}, families=["order"])
+    assert [(f.id, f.weight) for f in report.findings] == ([("data-order", weight)] if weight else [])
+    assert ("data-order" in report.ruled_out) == (shuffle is True)

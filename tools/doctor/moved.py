@@ -1,0 +1,91 @@
+"""Whether the optimizer is asked for steps in a live run, and whether the weights stay where it puts them."""
+
+from __future__ import annotations
+
+import math
+
+import torch
+
+from tools.doctor.finding import Finding
+from tools.doctor.frames import some_matrices
+from tools.doctor.trace import Trace
+
+FEWEST, MOST = 10, 500  # batches without a step before it is said: an epoch's, within these
+
+
+class Moved:
+    """Follows the one optimizer of a run by hooks on its steps.
+
+    Where `look` is set, some matrices are held from before a step and from after it, and compared with what they are
+    before the next: the share of the step that was taken back meanwhile is added to the trace as `undone`. A weight
+    average that is swapped in for a validation and out again leaves nothing of that.
+
+    counted: gives a context in which the time that this takes is counted.
+    """
+
+    def __init__(self, model, optimizers, trace: Trace, counted):
+        self.parameters = some_matrices(model)
+        self.begun = [p.detach().clone() for p in self.parameters]
+        self.trace, self.counted = trace, counted
+        self.look, self.batches, self.steps = False, 0, 0
+        self._before: list | None = None
+        self._after: list | None = None
+        hooks = [getattr(o, name, None) for o in optimizers for name in ("register_step_pre_hook",
+                                                                        "register_step_post_hook")]
+        alone = len(optimizers) == 1 and all(hooks)  # of several each moves its own part, at its own steps
+        self._handles = [hooks[0](self._before_step), hooks[1](self._after_step)] if alone else []
+
+    def close(self) -> None:
+        for handle in self._handles:
+            handle.remove()
+        self._handles = []
+
+    def _before_step(self, *_) -> None:
+        with self.counted():
+            if self._after is not None:
+                share = undone(self._before, self._after, self.parameters)
+                if math.isfinite(share):
+                    self.trace.add("undone", self.steps, share)
+            self._after, self._before = None, [p.detach().clone() for p in self.parameters] if self.look else None
+
+    def _after_step(self, *_) -> None:
+        with self.counted():
+            self.steps += 1
+            if self._before is not None:
+                self._after = [p.detach().clone() for p in self.parameters]
+
+    def batch(self, trainer, asked: bool) -> Finding | None:
+        """To be called after each batch; `asked`: whether a step has been asked for in this run. A finding, once."""
+        self.batches += 1
+        epoch = trainer.num_training_batches
+        enough = max(FEWEST, min(epoch if isinstance(epoch, int) else MOST, MOST))
+        if asked or self.steps or self.batches != enough or not self.parameters or not trainer.optimizers:
+            return None
+        if not all(torch.equal(p.detach(), old) for p, old in zip(self.parameters, self.begun)):
+            return None  # somebody moves them without Lightning
+        manual = not trainer.lightning_module.automatic_optimization
+        every = "the number of batches that are added up before a step, against the batches of an epoch" if manual else ""
+        return Finding(
+            "weights-not-moved", "prevents",
+            f"After {self.batches} batches no optimizer step has been made, and no weight has moved.",
+            "The loss is computed and nothing is learned from it"
+            + (": with automatic_optimization=False the model has to step by itself, and the condition that it waits for "
+               "has not come." if manual else "."),
+            {"batches": self.batches, "batches an epoch": str(epoch), "automatic optimization": not manual,
+             "accumulate_grad_batches": trainer.accumulate_grad_batches},
+            [line for line in (every and f"look at {every}",
+                               "step at the last batch of an epoch too, or leave it to Lightning: "
+                               "trainer.accumulate_grad_batches=N") if line],
+            0.9, where="training_step" if manual else "optimizer")
+
+
+@torch.no_grad()
+def undone(before: list, after: list, now: list) -> float:
+    """The share of a step, `before` to `after`, that is taken back `now`: the median over the tensors, 0 where none is."""
+    shares = []
+    for old, placed, value in zip(before, after, now):
+        step = (placed - old).float()
+        size = float((step * step).sum())
+        if size > 0:
+            shares.append(float((step * (placed - value).float()).sum()) / size)
+    return sorted(shares)[len(shares) // 2] if shares else math.nan
