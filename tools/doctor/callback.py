@@ -238,7 +238,7 @@ class Doctor(Callback):
     @guarded
     def on_exception(self, trainer, pl_module, exception):
         if self.pace.begun is not None and not isinstance(exception, KeyboardInterrupt):
-            self.fixed.append(ended_by(exception, self.trace.last_step, self.trace.planned))
+            self.fixed.append(ended_by(exception, self.trace, trainer.checkpoint_callbacks))
         # Whoever ends it by hand or by a signal waits, and kills it after half a minute.
         self._finish(trainer, alone=True, probes=not isinstance(exception, (KeyboardInterrupt, SystemExit)))
 

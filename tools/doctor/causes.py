@@ -23,6 +23,7 @@ EFFECTS: dict[str, tuple[str, ...]] = {
         "loss-wrong",
     ),
     "time-scrambled": ("padding-leak", "norm-padding"),
+    "channels-alike": ("vanishes",),
     "length-mismatch": ("data-target-too-long", "loss-wrong", "length-ignored", "padding-leak"),
     "length-ignored": ("padding-leak", "norm-padding", "length-mismatch"),
     "blank-index": ("loss-wrong", "label-order", "tokenizer-vocabulary"),
@@ -56,6 +57,8 @@ def _room_is_usual(finding: Finding) -> bool:
 
 # Likewise where the cause is only a warning: the effect must be no graver, and the condition must hold for it.
 OF_WARNINGS = {
+    "time-scrambled": {"padding-leak": lambda finding: True},  # padding is carried to other times
+    "layers-shared": {"train-eval-differ": lambda finding: True},  # a normalisation in them has two sets of statistics
     "data-sample-rate": {"features-bad": lambda finding: True},  # nothing above half of the true rate
     "data-mismatched-text": {"data-target-too-long": _room_is_usual},  # another, longer text
 }

@@ -10,7 +10,7 @@ from statistics import median
 
 from tools.doctor.trace import Points
 
-STEP_NAMES = ("step", "global_step", "trainer/global_step", "steps")
+STEP_NAMES = ("step", "global_step", "trainer/global_step", "steps", "_step")  # the last: W&B's
 TIMING = ("train_step_timing in s", "train_step_timing")
 
 

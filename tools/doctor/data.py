@@ -361,32 +361,6 @@ def channels(subject):
         )
 
 
-@check("data", faults=("data-duplicates",), needs=("manifests",))
-def duplicates(subject):
-    """No utterance stands twice in one manifest."""
-    for file, utterances, found in by_file(subject, {"duplicate_audio", "duplicate_id"}):
-        yield _duplicate(subject, file, utterances, lines_of(found), examples(found), found[0].line)
-    named = {file for file, _, _ in by_file(subject, {"duplicate_audio", "duplicate_id"})}
-    for role, rows in subject.rows.items():
-        twice = [(a, b) for a, b in same_audio(rows) if a["_at"].rpartition(":")[0] == b["_at"].rpartition(":")[0]]
-        if twice and (file := twice[0][1]["_at"].rpartition(":")[0]) not in named:
-            first = [f"{b['audio_filepath']} is a copy of {a['audio_filepath']}" for a, b in twice[:EXAMPLES]]
-            yield _duplicate(subject, file, len(rows), len(twice), first, int(twice[0][1]["_at"].rpartition(":")[2]))
-
-
-def _duplicate(subject, file, utterances, count, first, line) -> Finding:
-    return Finding(
-        "data-duplicates",
-        "warning",
-        f"{count} of {utterances} utterances of {file} are there twice.",
-        "An utterance that stands twice weighs double, and in a test set makes the error rate that of a few.",
-        {"utterances": count, "of": utterances, "first": first},
-        [f"drop the second of each: python -m manifests.validate {file} lists them"],
-        1.0,
-        where=f"{file}:{line}",
-    )
-
-
 @check("data", faults=("data-leakage",), needs=("manifests",))
 def leakage(subject):
     """Nothing of train is in the validation or test sets."""

@@ -17,7 +17,8 @@ log = logging.getLogger("doctor")
 
 UNLEARNED = {"run-early", "run-plateau", "run-collapse-blank", "run-collapse-letter", "run-diverged", "run-nan",
              "run-overfitting"}
-OF_A_RUN = ("outputs", "features", "lengths", "labels", "loss", "gradients", "locality", "invariance", "depth")
+OF_A_RUN = ("outputs", "features", "lengths", "labels", "loss", "gradients", "weights", "locality", "neighbours",
+            "invariance", "depth")
 
 
 def examine(

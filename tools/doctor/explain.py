@@ -1,4 +1,5 @@
-"""Reads what a run left behind into a Trace: curve.csv of ours, CSV logs, TensorBoard events, text logs.
+"""Reads what a run left behind into a Trace: curve.csv of ours, CSV logs, TensorBoard events, text logs; where there is
+no other curve, the one that a text log shows.
 
 `python -m tools.doctor explain RUN_DIR` runs the checks of the families "run" and "metrics" on it, and those of the
 data and the schedule on what its configuration names. Nothing is unpickled but tensors. Torch and TensorBoard are
@@ -15,7 +16,8 @@ from tools.doctor import folders, saved
 from tools.doctor.bands import corpus_of
 from tools.doctor.curves import STEP_NAMES, joined, read_csv, read_events
 from tools.doctor.finding import Finding
-from tools.doctor.logs import LOGS, read_logs, run_ended
+from tools.doctor.logs import LOGS, begins_anew, goes_on, log_files, read_logs, run_ended
+from tools.doctor.printed import Printed
 from tools.doctor.registry import NotExamined, check
 from tools.doctor.trace import Points, Trace
 
@@ -74,7 +76,7 @@ def read_run(folder: Path, settings=None, train_rows=lambda: []) -> Trace:
     if named["loss"] is not None:
         _unit(trace, named["loss"], settings, train_rows)
     _take_watched(trace, folder / "doctor" / "curve.csv")
-    read_logs(folder, trace)
+    _take_printed(trace, read_logs(folder, trace), train_rows)
     for path, report in saved.reports(folder).values():
         if report is None:
             trace.unread[path] = "no report of the doctor"
@@ -97,6 +99,20 @@ def _take_watched(trace: Trace, path: Path) -> None:
                 trace.loss_unit = "label"  # its level was measured
     if levels := trace.values("level"):
         trace.level = median(levels) if trace.loss_unit != "unknown" else None
+
+
+def _take_printed(trace: Trace, printed: Printed, train_rows) -> None:
+    """What a text log shows of the curve, where nothing else holds a loss."""
+    if "loss" in trace.series:
+        return
+    for series, names in NAMES.items():
+        name = next((name for name in names if name in printed.columns), None)
+        if name is not None and series not in trace.series:
+            trace.series[series] = printed.columns[name]
+            if series == "loss":
+                trace.places = printed.places
+                if printed.placed:  # the lines of others are no steps, and no plateau is told by their number
+                    _unit(trace, name, trace.settings, train_rows)
 
 
 def _plan(trace: Trace, settings) -> None:
@@ -192,39 +208,90 @@ def files_of_the_run(subject):
 
     trace = trace_of(subject)
     if several := subject.__dict__.get("_several"):
-        yield _several_runs(*several, subject.run)
+        yield _several_runs(*several, subject.run, 0.8 if _never_resumed(subject) else 0.9)
     for path, why in trace.unread.items():
         if "tfevents" in path.name and trace.series:  # a run that was begun again leaves some without a scalar
             continue
         yield Finding("input-unreadable", "warning", f"{path} cannot be used: {why}.",
                       "It was cut off while it was written, it is still empty, or it is of another kind.", {},
                       ["look at the file; what else is in the folder was read"], 0.9, where=str(path))
-    if trace.sources or trace.series or subject.settings or saved.readable(subject.run) \
-            or checkpoints.find(subject.run) or metrics.prediction_files(subject.run):
-        return
-    yield Finding(
-        "input-unreadable", "prevents", f"{subject.run} holds nothing that a run leaves and that can be read.",
-        "It is another folder, or the run ended before it wrote anything.",
-        {"looked for": ["config.yaml", "curve.csv", "metrics.csv", "events.out.tfevents.*", *LOGS, "*.ckpt", "*.nemo"]},
-        ["give the folder with config.yaml and curve.csv"], 1.0, where=str(subject.run), unreadable=True)
+    nothing = not (_told(trace) or subject.settings or saved.readable(subject.run) or checkpoints.find(subject.run)
+                   or metrics.prediction_files(subject.run))
+    if not trace.series and (wandb := sorted(subject.run.rglob("*.wandb"))):
+        yield _only_wandb(subject.run, wandb, nothing)
+    elif nothing:
+        yield _nothing_told(subject.run)
 
 
-def _several_runs(folder: Path, every: list[Path], taken: Path) -> Finding:
+def _told(trace: Trace) -> bool:
+    """Whether the curves and logs of a run say anything of it."""
+    return bool(trace.series or trace.messages or trace.bad or trace.infeasible_seen or trace.hypotheses)
+
+
+def _nothing_told(run: Path) -> Finding:
+    looked = ["config.yaml", "curve.csv", "metrics.csv", "events.out.tfevents.*", *LOGS, "*.ckpt", "*.nemo"]
+    logs = [str(path.relative_to(run)) for path in log_files(run)]
+    if not logs:
+        return Finding(
+            "input-unreadable", "prevents", f"{run} holds nothing that a run leaves and that can be read.",
+            "It is another folder, or the run ended before it wrote anything.", {"looked for": looked},
+            ["give the folder with config.yaml and curve.csv"], 1.0, where=str(run), unreadable=True)
+    return Finding(
+        "input-unreadable", "prevents",
+        f"{run} holds text logs and nothing else, and no loss, hypothesis or error is in them.",
+        "The run logged its losses elsewhere, ended before the first, or writes them in a form that is not known here.",
+        {"logs": logs[:8], "read from logs": ["Epoch 5:  45%|...| 37/81 [..., train_loss=1.23]", "step 246 loss 1.23",
+                                              "WER predicted: ..."], "looked for": looked},
+        ["give the folder with metrics.csv or events.out.tfevents.*",
+         "exp_manager.create_tensorboard_logger=true (NeMo), logger=csv (our recipes) write a curve"], 1.0,
+        where=str(run), unreadable=True)
+
+
+def _only_wandb(run: Path, files: list[Path], nothing: bool) -> Finding:
+    """W&B's log as the only one that holds the curve."""
+    return Finding(
+        "input-unreadable", "prevents" if nothing else "warning",
+        f"The curve is in {files[-1].relative_to(run)} alone, W&B's binary file, which is not read here.",
+        "W&B keeps what was logged in a format of its own and gives it out again from its server.",
+        {"files": [str(path.relative_to(run)) for path in files[:8]]},
+        [f"wandb sync {files[-1].parent} (of an offline run), then wandb.Api().run('ENTITY/PROJECT/ID').history("
+         f"samples=100000).to_csv('{run / 'metrics.csv'}'), then this command again",
+         "exp_manager.create_tensorboard_logger=true beside W&B (NeMo), logger=csv (our recipes), for the next run"],
+        1.0, where=str(files[-1]), unreadable=nothing)
+
+
+def _several_runs(folder: Path, every: list[Path], taken: Path, confidence: float) -> Finding:
     names = [str(path.relative_to(folder)) for path in every]
     return Finding(
         "input-unreadable", "warning",
         f"{folder} holds {len(every)} runs: {', '.join(names[:8])}{', ...' if len(names) > 8 else ''}; only "
         f"{taken.relative_to(folder)}, the newest, is examined.",
         "Each of them begins anew, so their curves are not one.", {"runs": names},
-        [f"python -m tools.doctor explain {path}" for path in every if path != taken][:4], 0.9, where=str(folder))
+        [f"python -m tools.doctor explain {path}" for path in every if path != taken][:4], confidence,
+        where=str(folder))
+
+
+def _never_resumed(subject) -> list[Path]:
+    """The runs of a folder, where they are one run that was begun again and again from step 0: alike in their
+    configuration, none of them left a checkpoint."""
+    from tools.doctor import checkpoints
+
+    top, every = subject.__dict__.get("_several", (subject.run, []))
+    known = {name: [(path / name).read_bytes() for path in every if (path / name).is_file()]
+             for name in ("config.yaml", "hparams.yaml")}
+    alike = any(len(texts) == len(every) and len(set(texts)) == 1 for texts in known.values())
+    anew = all(folders.begin(path) < folders.LATER for path in every)
+    return every if alike and anew and not checkpoints.find(top) else []
 
 
 @check("run", faults=("run-ended",), needs=("run",))
 def end_of_the_run(subject):
     """How the run ended."""
+    from tools.doctor import checkpoints
+
     trace = trace_of(subject)
-    if not (trace.series or trace.messages or trace.sources):
-        raise NotExamined("no curve and no log in this folder")
+    if not (trace.series or trace.messages):
+        raise NotExamined("no curve in this folder, and no log says how it ended")
     if "run-ended" in trace.reported:
         return  # the callback has seen it
     last, planned = trace.last_step, trace.planned
@@ -235,8 +302,13 @@ def end_of_the_run(subject):
     end = trace.messages[-1][1] if trace.messages else ""
     if planned is not None and last >= 0.98 * planned and "SIGTERM" in end:
         return
-    yield run_ended(last, planned, f"; its log says: {end}" if end else ", and no log says why it ended.", end,
-                    {"messages": [f"{where}: {line}" for where, line in trace.messages[-5:]]}, 0.8 if end else 0.5)
+    said = f"; its log says: {end}" if end else ", and no log says why it ended."
+    evidence = {"messages": [f"{where}: {line}" for where, line in trace.messages[-5:]]}
+    if anew := _never_resumed(subject):
+        yield begins_anew(len(anew), last, planned, said, evidence)
+        return
+    again = goes_on(bool(trace.recipe), bool(checkpoints.find(subject.run)))
+    yield run_ended(last, planned, said, end, evidence, 0.8 if end else 0.5, again)
 
 
 @check("run", faults=(), needs=("run",))

@@ -55,6 +55,12 @@ def _place(path: Path, top: Path) -> Path:
     return place
 
 
+def begin(folder: Path) -> int:
+    """The first step of the curves below a run's folder."""
+    return min((_begin(path) for pattern in ("curve.csv", "metrics.csv", EVENTS) for path in folder.rglob(pattern)),
+               default=0)
+
+
 def _begin(path: Path) -> int:
     return next(iter(first_steps(path, 1)), 0)
 

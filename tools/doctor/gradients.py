@@ -82,13 +82,14 @@ def gradients_arrive(subject):
         cause = "The loss is not connected to the parameters: it was detached, or computed under torch.no_grad()."
     elif len(none) == len(without) and order[: len(without)] == without and after:
         cause = (f"The graph is cut between {parts(without)[-1]} and {parts(after)[0]}: .detach(), .data, .item(), "
-                 "torch.no_grad() or numpy stands between them. All before the cut stays as initialised.")
+                 "torch.no_grad() or numpy stands between them, or torch.utils.checkpoint(use_reentrant=True) around "
+                 "what is given features, which need no gradient. All before the cut stays as initialised.")
     elif none:
         cause = "These modules are built but their result is not used, or it is detached."
     else:
-        cause = ("Their gradient is exactly 0: what they compute is multiplied by 0, or the activation behind them is "
-                 "0 "
-                 "everywhere (dead ReLU).")
+        cause = ("Their gradient is exactly 0: what they compute is multiplied by 0, rounded (round, floor, sign, "
+                 "argmax and comparisons have a gradient of 0), or the activation behind them is 0 everywhere (dead "
+                 "ReLU).")
     yield Finding(
         "no-gradient",
         "prevents" if whole or no_encoder or share > 0.2 else "warning" if share > 0.01 else "note",
@@ -99,7 +100,9 @@ def gradients_arrive(subject):
         {"tensors": len(without), "of": len(sizes), "share of values": round(share, 4), "modules": parts(without)[:20],
          "not reached": len(none), "exactly 0": len(without) - len(none), "loss of": source},
         ["remove the detach or no_grad on the way from there to the loss; if the module is meant to be unused, do not "
-         "build it (DDP stops at unused parameters)"],
+         "build it (DDP stops at unused parameters)"] if none else
+        ["rounding: a straight-through estimator, x + (x.round() - x).detach()",
+         "remove the factor of 0; LeakyReLU or a smaller rate where ReLUs are dead"],
         0.97 if none else 0.85,
         where=without[0] if not after else parts(without)[-1],
     )

@@ -86,11 +86,14 @@ def padding_changes_nothing(subject):
         "on "
         "how much padding stands behind it. Models train with it; results vary a little with the batch." if at_edge else
         "The recurrence runs over the padding, backwards from its end, before it meets the speech." if recurrent else
-        "Padding takes part in what every frame sees: attention without a mask, pooling or recurrence over all frames.",
+        "Padding takes part in what every frame sees: attention without a mask (or with one over keys and a softmax "
+        "over queries), pooling or recurrence over all frames.",
         evidence,
         ["set padding to 0 before every convolution (model.encoder.conv_mask=true in NeMo's ConvASREncoder)"] if at_edge
         else ["pack the sequences (torch.nn.utils.rnn.pack_padded_sequence), or reverse each within its length"]
-        if recurrent else ["mask padding in attention (key_padding_mask) and before each layer that looks along time"],
+        if recurrent else ["mask padding in attention (key_padding_mask) and before each layer that looks along time",
+                           "attention of one's own: (q @ k.transpose(-1, -2)).masked_fill(padding, -inf).softmax(-1), "
+                           "over the keys; a softmax over the queries (-2) undoes the mask"],
         (0.35 if change < 0.1 else 0.45) if at_edge else 0.55 if change < 0.2 else 0.65,
         where=found[0].name if found else "encoder",
         plots=[plot],

@@ -280,7 +280,8 @@ def follow_rate(findings: list[Finding]) -> list[Finding]:
             if f.id == "explodes" and f.evidence.get("seen at step", 1) > 1 else f for f in findings]
 
 
-PROBES = ("outputs", "lengths", "invariance", "locality", "labels", "loss", "gradients", "depth", "features")
+PROBES = ("outputs", "lengths", "invariance", "locality", "labels", "loss", "gradients", "weights", "neighbours", "depth",
+          "features")
 
 
 def probe_model(model, report: Report, seconds: float = 30.0) -> Report:

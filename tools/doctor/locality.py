@@ -15,17 +15,27 @@ AT_HOME, ABROAD = 0.6, 0.4  # influence of a frame's own stretch of input, relat
 
 def influence(probe, x, lengths):
     """(S, T'): how much each output frame moves when the s-th stretch of the one item `x` (1, D, T) is replaced."""
-    frames = x.shape[2]
     out, _ = probe.forward(x, lengths)
+    return torch.stack([over_time(probe.forward(c, lengths)[0] - out, 1) for c in replaced(probe, x)])
+
+
+def replaced(probe, x) -> list:
+    """`x` (1, D, T) as often as there are stretches, with one of them replaced by other features in each."""
+    frames = x.shape[2]
     other, _ = probe.made_up_features([frames], seed=11)
     other = other * float(x.std())
-    moves = []
+    found = []
     for s in range(STRETCHES):
         begin, end = s * frames // STRETCHES, (s + 1) * frames // STRETCHES
         changed = x.clone()
         changed[:, :, begin:end] = other[:, :, begin:end]
-        moves.append((probe.forward(changed, lengths)[0] - out)[0].square().mean(dim=1).sqrt())
-    return torch.stack(moves)
+        found.append(changed)
+    return found
+
+
+def over_time(change, axis: int):
+    """(T) root mean square of a change over all axes but that of time."""
+    return change.float().movedim(axis, 0).flatten(1).square().mean(dim=1).sqrt()
 
 
 def order(moves) -> tuple[float, list[float]]:

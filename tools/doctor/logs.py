@@ -1,5 +1,5 @@
-"""Text logs of a run: batches that were not finite, losses that were infinite, and how it ended. Standard library
-only."""
+"""Text logs of a run: batches that were not finite, losses that were infinite, how it ended, and what was printed of
+its curve. Standard library only."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ import re
 from pathlib import Path
 
 from tools.doctor.finding import Finding
+from tools.doctor.printed import Printed
 from tools.doctor.trace import BadStep, Trace
 
 LOGS = ("*.log", "*.txt", "*.out", "*.err")
@@ -26,12 +27,15 @@ ERRORS = (
 )
 
 
-def read_logs(folder: Path, trace: Trace) -> None:
-    """Bad steps, infinite losses and the end of the run from text logs."""
+def read_logs(folder: Path, trace: Trace) -> Printed:
+    """Bad steps, infinite losses and the end of the run from text logs; returns the curve that they show."""
     skipped = 0
+    batches = trace.settings.number("trainer.accumulate_grad_batches") if trace.settings is not None else None
+    printed = Printed(max(int(batches or 1), 1), losses="loss" not in trace.series)
     for path in log_files(folder)[-50:]:
         where = str(path.relative_to(folder))
         lines = _tail(path)
+        printed.read(lines)
         for at, line in enumerate(lines):
             if match := SKIPPED.search(line):
                 skipped += 1
@@ -55,6 +59,9 @@ def read_logs(folder: Path, trace: Trace) -> None:
         if lines:
             trace.sources.append(where)
     trace.bad_steps = max(trace.bad_steps, skipped)
+    printed.close()
+    trace.hypotheses = printed.hypotheses
+    return printed
 
 
 def log_files(folder: Path) -> list[Path]:
@@ -113,7 +120,36 @@ WAYS_OUT = {
 }
 
 
-def run_ended(last: int, planned: int | None, said: str, error: str, evidence: dict, confidence: float) -> Finding:
+RESUME = "exp_manager.resume_if_exists=true exp_manager.resume_ignore_no_checkpoint=true"
+
+
+def goes_on(ours: bool, checkpoint: bool) -> list[str]:
+    """The change where nothing else is known: to start again, by whether it is a recipe of ours and what is there to go
+    on from."""
+    if ours:
+        return ["start it again: the same command goes on from the last checkpoint" if checkpoint else
+                "start it again: no checkpoint is there yet, so it begins anew"]
+    if checkpoint:
+        return [f"start it again with {RESUME} (NeMo), or trainer.fit(..., ckpt_path=the last checkpoint)"]
+    return [f"no checkpoint is there to go on from: exp_manager.create_checkpoint_callback=true {RESUME}, and a "
+            "checkpoint more often than it is ended"]
+
+
+def begins_anew(times: int, last: int, planned: int | None, said: str, evidence: dict) -> Finding:
+    """The finding of a run that was started so many times and never went on."""
+    return Finding(
+        "run-ended", "warning",
+        f"It was started {times} times, each time from step 0, and never resumed; the newest came to step {last}"
+        f"{f' of {planned}' if planned else ''}{said}",
+        "Each start has the same configuration and none left a checkpoint: what was trained before its end is lost, "
+        "and a run that is ended sooner than it is done never gets done.",
+        {"starts": times, "last step": last, "planned": planned, **evidence},
+        [RESUME, "exp_manager.create_checkpoint_callback=true, with a checkpoint more often than the run is ended: "
+         "exp_manager.checkpoint_callback_params.every_n_train_steps=" + str(max(last // 4, 1))], 0.9)
+
+
+def run_ended(last: int, planned: int | None, said: str, error: str, evidence: dict, confidence: float,
+              again: list[str]) -> Finding:
     """The finding of a run that came to its end before its plan, or with an error.
 
     Args:
@@ -121,6 +157,7 @@ def run_ended(last: int, planned: int | None, said: str, error: str, evidence: d
         said: how the symptom ends: by what it is known.
         error: what ended it, "" where not known.
         evidence: beside the steps.
+        again: the changes where what ended it asks for none.
     """
     whole = planned is not None and last >= 0.98 * planned
     kind = next((kind for text, kind in ERRORS if kind in WAYS_OUT and (text in error or error.startswith(kind))), "")
@@ -129,10 +166,14 @@ def run_ended(last: int, planned: int | None, said: str, error: str, evidence: d
         f"The run's last step is {last}{f' of {planned}' if planned else ''}{said}",
         "It ended before its plan." if not whole else "The plan was fulfilled; the log holds an error all the same.",
         {"last step": last, "planned": planned, **evidence},
-        WAYS_OUT.get(kind, ["start it again: the same command goes on from the last checkpoint"]), confidence)
+        WAYS_OUT.get(kind, again), confidence)
 
 
-def ended_by(error: BaseException, last: int, planned: int | None) -> Finding:
-    """The finding of the error that ended a run; less sure than its cause, which is to come first."""
+def ended_by(error: BaseException, trace: Trace, savers) -> Finding:
+    """The finding of the error that ended a run; less sure than its cause, which is to come first.
+
+    `savers`: the trainer's callbacks for checkpoints.
+    """
     text = f"{type(error).__name__}: {' '.join(str(error).split())[:300]}".removesuffix(": ")
-    return run_ended(last, planned, f"; it was ended by {text}", text, {"error": text}, 0.5)
+    again = goes_on(bool(trace.recipe), any(getattr(saver, "best_model_path", "") for saver in savers))
+    return run_ended(trace.last_step, trace.planned, f"; it was ended by {text}", text, {"error": text}, 0.5, again)

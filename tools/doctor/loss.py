@@ -15,6 +15,7 @@ from tools.doctor.registry import NotExamined, check
 TOLERANCE = 0.01  # relative
 ALIKE = 0.3  # correlation of outputs in time above which they are of the same audio, be it faster, slower or masked
 UNLIKE = 0.15  # and below which they have nothing to do with each other
+STILL = 1e-3  # change of outputs in time, by their spread over labels too, under which there is nothing to compare
 # Attributes of a model, for one step.
 STOOD_IN_FOR = ("log", "log_dict", "_trainer", "_optimizer", "_train_dl", "forward")
 
@@ -274,7 +275,8 @@ class TrainingStep:
 def likeness(own: Tensor, lengths: Tensor, out: Tensor, frames: Tensor) -> float:
     """How much outputs (B, T, V+1) with lengths (B) are others stretched in time: the median of their correlations.
 
-    0 where a length is less than half or more than twice what it was.
+    0 where a length is less than half or more than twice what it was. Utterances whose output does not change in time
+    say nothing, and of such alone it is 1.
     """
     if bool(((lengths > 2 * frames) | (2 * lengths < frames)).any()):
         return 0.0
@@ -284,7 +286,10 @@ def likeness(own: Tensor, lengths: Tensor, out: Tensor, frames: Tensor) -> float
         if len(one) < 4 or len(two) < 4:
             continue
         two = F.interpolate(two.T[None], size=len(one), mode="linear", align_corners=False)[0].T
+        level = float(two.std())
         one, two = one - one.mean(dim=0), two - two.mean(dim=0)
+        if not float(two.square().mean().sqrt()) > STILL * level:
+            continue
         found.append(float((one * two).sum() / (one.norm() * two.norm()).clamp(min=1e-12)))
     return sorted(found)[len(found) // 2] if found else 1.0
 
@@ -341,10 +346,12 @@ def run_training_step(probe) -> TrainingStep:
 class _Anything:
     """Stands for a trainer or an optimizer in one training step: every attribute is there."""
 
-    global_step = 0
     log_every_n_steps = 10**9
     param_groups = [{"lr": 0.0}]
     world_size = 1
+
+    def __init__(self, step: int = 0):
+        self.global_step = step
 
     def __getattr__(self, name):
         if name.startswith("__"):
@@ -365,10 +372,11 @@ class _Anything:
 def without_trainer(model, forward) -> Iterator[None]:
     """Lets a step run, with this `forward`: a trainer of no consequence, logging that goes nowhere."""
     held = {name: vars(model)[name] for name in STOOD_IN_FOR if name in vars(model)}
+    step = getattr(held.get("_trainer"), "global_step", 0)  # of a run that is asked in the middle
     object.__setattr__(model, "log", lambda *args, **kwargs: None)
     object.__setattr__(model, "log_dict", lambda *args, **kwargs: None)
     object.__setattr__(model, "_optimizer", _Anything())
-    object.__setattr__(model, "_trainer", _Anything())
+    object.__setattr__(model, "_trainer", _Anything(step))
     object.__setattr__(model, "_train_dl", None)  # ours keeps count of the batches that were trained on
     object.__setattr__(model, "forward", forward)
     try:

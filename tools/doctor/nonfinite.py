@@ -10,6 +10,7 @@ from __future__ import annotations
 import math
 
 from tools.doctor.finding import Finding, Plot
+from tools.doctor.registry import NotExamined
 from tools.doctor.trace import BadStep, Trace
 
 WHY_NOT_ZERO_INFINITY = (
@@ -19,6 +20,7 @@ WHY_NOT_CLIP = (
     "clipping does not help: it scales by limit / norm, and a norm that is not finite makes every gradient NaN, so "
     "one such step spreads NaN to all parameters"
 )
+NOT_SAID = "The logs do not say where it began."
 SCALER_PATIENCE = 10  # steps: a gradient scaler for float16 looks for its scale by overflowing
 CURVES = (("loss", "loss"), ("grad_norm", "gradient norm"), ("val_loss", "validation loss"))  # series, in words
 GROWTH = 20.0  # an output so much larger in its last frames than in its first grows with time
@@ -28,9 +30,14 @@ def non_finite(trace: Trace) -> list[Finding]:
     """Where the run became NaN or infinite, by its cause."""
     bad = trace.bad or _from_curve(trace)
     if bad is None:
+        if not any(trace.get(name) for name, _ in CURVES):
+            raise NotExamined("no loss and no gradient norm were seen")
         return []
     plots = _plots(trace, bad)
     evidence = {"first at step": bad.step, "what": bad.what}
+    place = trace.places.get(bad.step, "")
+    if place:
+        evidence["where the log has it"] = place
     if bad.module:
         evidence["first module or parameter"] = f"{bad.module} ({bad.kind})" if bad.kind else bad.module
     times = max(trace.bad_steps, _flags(trace, bad).count(False))
@@ -46,7 +53,7 @@ def non_finite(trace: Trace) -> list[Finding]:
     passed = times <= 1 and (trace.bad_steps == 1 or bad.what == "validation loss") or _survived(trace, bad)
     return [Finding(
         "run-nan", "warning" if passed else "prevents",
-        (f"The {bad.what} is not finite from step {bad.step} on" if not passed else
+        (f"The {bad.what} is not finite from step {bad.step} on{f' ({place})' * bool(place)}" if not passed else
          f"The {bad.what} was not finite at step {bad.step}, once" if times <= 1 else
          f"The {bad.what} was not finite at {times} steps, first at step {bad.step}; at the end it is finite")
         + (f": the first output that is not finite is that of {here}." if bad.origin == "forward" else "."),
@@ -274,7 +281,7 @@ def _deep(bad: BadStep) -> bool:
 def _where_from(bad: BadStep) -> str:
     return {
         "forward": f"{bad.module} ({bad.kind}) makes it: what it was given and its parameters are finite.",
-        "unknown": "The logs do not say where it began.",
+        "unknown": NOT_SAID,
     }.get(bad.origin, f"It began in the {bad.origin}.")
 
 

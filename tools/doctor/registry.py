@@ -16,17 +16,16 @@ there is something for them to examine; the light ones (data, tokenizer, schedul
 from __future__ import annotations
 
 import importlib
-import importlib.util
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 
 from tools.doctor.finding import PAGES, Finding
 
-# family -> (module, what it needs, of which one is enough for it to be worth importing), in the order of examination.
+# family -> (its modules, what it needs, of which one is enough for it to be worth importing), in the order of examination.
 FAMILIES: dict[str, tuple[str, tuple[str, ...]]] = {
-    "data": ("tools.doctor.data", ("manifests",)),
+    "data": ("tools.doctor.data tools.doctor.twice", ("manifests",)),
     "audio": ("tools.doctor.audio", ("manifests",)),
-    "pairs": ("tools.doctor.pairs", ("manifests",)),
+    "pairs": ("tools.doctor.pairs tools.doctor.languages", ("manifests",)),
     "tokenizer": ("tools.doctor.tokenizer", ("manifests", "config", "model")),
     "schedule": ("tools.doctor.schedule", ("config", "model")),
     "limits": ("tools.doctor.limits", ("config",)),
@@ -38,7 +37,9 @@ FAMILIES: dict[str, tuple[str, tuple[str, ...]]] = {
     "loss": ("tools.doctor.loss", ("model",)),
     "gradients": ("tools.doctor.gradients", ("model",)),
     "optimizer": ("tools.doctor.optimizer", ("model",)),
+    "weights": ("tools.doctor.weights", ("model",)),
     "locality": ("tools.doctor.locality", ("model",)),
+    "neighbours": ("tools.doctor.neighbours", ("model",)),
     "invariance": ("tools.doctor.invariance", ("model",)),
     "depth": ("tools.doctor.depth", ("model",)),
     "validation": ("tools.doctor.validation", ("model",)),
@@ -99,9 +100,10 @@ def checks(available: Iterable[str] | None = None, families: Iterable[str] | Non
     available = set(NEEDS if available is None else available)
     wanted = list(FAMILIES if families is None else families)
     for family in FAMILIES:
-        module, needs = FAMILIES[family]
-        if family in wanted and available & set(needs) and importlib.util.find_spec(module) is not None:
-            importlib.import_module(module)
+        modules, needs = FAMILIES[family]
+        if family in wanted and available & set(needs):
+            for module in modules.split():
+                importlib.import_module(module)
     order = list(FAMILIES)
     found = [c for c in _CHECKS.values() if c.family in wanted and available & set(FAMILIES[c.family][1])]
     return sorted(found, key=lambda c: order.index(c.family))  # stable: in a family as they stand in the file

@@ -11,12 +11,12 @@ from statistics import fmean, median
 
 from tools.doctor.bands import outside
 from tools.doctor.finding import Finding
-from tools.doctor.nonfinite import non_finite
+from tools.doctor.nonfinite import NOT_SAID, non_finite
 from tools.doctor.rates import learning_rate
 from tools.doctor.registry import NotExamined, check
-from tools.doctor.trace import EARLY_STEPS, LETTERS_ONLY, OVER_STEPS, Trace, shape
+from tools.doctor.silent import silent, wordless
+from tools.doctor.trace import EARLY_STEPS, LATE_STEPS, LETTERS_ONLY, OVER_STEPS, Trace, shape
 
-LATE_STEPS = 2000  # a plateau that has lasted so long is one, whatever the plan
 BLANK, LETTER = 0.97, 0.9
 SLOW_DATA = 0.3
 OTHER_UNIT = 5.0  # a first validation's loss by the train loss: above it is counted in another unit
@@ -26,10 +26,15 @@ HIDDEN_WARNING, HIDDEN_STOPS = 0.001, 0.3  # share of utterances whose loss is i
 def progress(trace: Trace) -> list[Finding]:
     """Plateau, collapse to blank or to one letter, divergence, or simply early."""
     curve = shape(trace)
+    if (curve is None or curve.learned is None) and (found := silent(trace, curve, causes_of, _general(trace))):
+        return [found]
     if curve is None:
         raise NotExamined("fewer than four losses")
     if curve.learned is None:
-        raise NotExamined("the loss has an unknown unit, and no error rate is logged: its plateau cannot be told")
+        if found := wordless(trace, curve, _general(trace)):
+            return [found]
+        raise NotExamined("the loss has an unknown unit, and no error rate says that it has learned: its plateau "
+                          "cannot be told")
     blank, letter = _late(trace, "blank_rate"), _late(trace, "letter_rate")
     plots = _progress_plots(trace)
     outputs = {"loss at the end": curve.last, "level of letters alone": curve.level, "last step": curve.last_step}
@@ -60,12 +65,7 @@ def progress(trace: Trace) -> list[Finding]:
     weight = "note" if causes else "prevents" if stops else "warning"
     follows = f" This follows from {', '.join(causes)}." if causes else ""
     top = f" ({trace.top_label!r})" if trace.top_label else ""
-    general = [
-        "python -m tools.ladder: can the model learn one batch? If not, the fault is in the model, the targets or "
-        "the loss",
-        "python -m tools.doctor check on the same configuration: model and data are probed",
-        f"{trace.key('model.optim.lr')} three times lower, then three times higher",
-    ]
+    general = _general(trace)
     if blank is not None and blank >= BLANK:
         return [Finding(
             "run-collapse-blank", weight,
@@ -87,6 +87,15 @@ def progress(trace: Trace) -> list[Finding]:
         f"predicting letters without listening ({curve.level:.3g}).{follows}",
         "Not even how often letters occur has been learned." if above else
         "The model has learned how often letters occur and nothing of the audio.", outputs, general, 0.6, plots=plots)]
+
+
+def _general(trace: Trace) -> list[str]:
+    return [
+        "python -m tools.ladder: can the model learn one batch? If not, the fault is in the model, the targets or "
+        "the loss",
+        "python -m tools.doctor check on the same configuration: model and data are probed",
+        f"{trace.key('model.optim.lr')} three times lower, then three times higher",
+    ]
 
 
 def _only_worse(curve, causes: list[str], outputs: dict, plots) -> Finding:
@@ -371,9 +380,13 @@ def diagnose(trace: Trace) -> tuple[list[Finding], list[str], list[str]]:
     return _once(found), sorted(set(ruled) - ids), missing
 
 
-def _undecided(rule, found: list[Finding]) -> bool:
-    """Whether a rule only said that it is too early, so that its faults are not ruled out."""
-    return rule is progress and any(finding.id == "run-early" for finding in found)
+def _undecided(rule, found: list[Finding]) -> str:
+    """Why a rule that has said something has ruled out none of its other faults; "" where it has."""
+    if rule is progress and any(finding.id == "run-early" for finding in found):
+        return "too early to tell a plateau from the start"
+    if rule is non_finite and any(finding.id == "run-nan" and finding.cause == NOT_SAID for finding in found):
+        return "the logs say when, and not what made it so"
+    return ""
 
 
 def _once(findings: list[Finding]) -> list[Finding]:
@@ -392,14 +405,14 @@ def _register() -> None:
             from tools.doctor.explain import trace_of
 
             trace = trace_of(subject)
-            if not trace.series and trace.bad is None and (rule is not non_finite or not trace.sources):
+            if not (trace.series or trace.bad or rule is progress and trace.hypotheses):
                 raise NotExamined("no curve in this folder")
             if rule is non_finite and trace.reported & set(faults):
                 return  # the callback has seen more than the curve shows
             found = rule(trace)
             yield from found
-            if _undecided(rule, found):
-                raise NotExamined("too early to tell a plateau from the start")
+            if why := _undecided(rule, found):
+                raise NotExamined(why)
 
         examine_run.__name__ = rule.__name__
         examine_run.__doc__ = rule.__doc__

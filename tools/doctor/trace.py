@@ -19,6 +19,7 @@ RANDOM = 0.93  # above this share of it nothing was learned
 
 EARLY_STEPS = 200  # after the warm-up: before that a plateau is no news
 OVER_STEPS = 600  # a run that is over after so many and still on its plateau has not learned
+LATE_STEPS = 2000  # a plateau that has lasted so long is one, whatever the plan
 KEPT = 2000  # points of a series
 
 Points = list[tuple[int, float]]
@@ -85,6 +86,8 @@ class Trace:
     settings: object = None  # configs.Settings, or None
     reported: set[str] = field(default_factory=set)  # ids in the report that the callback left
     messages: list[tuple[str, str]] = field(default_factory=list)  # (where, line) of logs that matter
+    hypotheses: list[str] = field(default_factory=list)  # that NeMo wrote to the log, oldest first
+    places: dict[int, str] = field(default_factory=dict)  # step -> epoch and batch, of a curve from a text log
     unread: dict = field(default_factory=dict)  # path of a file that ought to say something -> why it does not
 
     def get(self, name: str) -> Points:

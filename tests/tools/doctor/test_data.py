@@ -11,8 +11,9 @@ import pytest
 import soundfile
 
 from tests.recipes import tiny
-from tools.doctor import loading, pairs
+from tools.doctor import languages, loading, pairs
 from tools.doctor.engine import examine
+from tools.doctor.registry import NotExamined
 from tools.doctor.subject import Subject
 
 FAMILIES = ["data", "audio", "pairs", "tokenizer"]
@@ -246,6 +247,50 @@ def test_the_same_audio_twice_by_name_and_by_bytes(audio, tmp_path):
     shutil.copy(audio[0]["audio_filepath"], copy)
     rows = [*audio, {**audio[0], "audio_filepath": str(copy), "utterance": "other"}]
     assert ids(tmp_path, rows).ids == ["data-duplicates"]
+
+
+@pytest.mark.parametrize("change, weight, wrong", [
+    (lambda t: "quite other words are heard in here", "prevents", 30),
+    (lambda t: t.upper() + "!", "warning", 0),  # the same text, spelt otherwise
+])
+def test_one_recording_with_two_texts(audio, tmp_path, change, weight, wrong):
+    again = [{**row, "text": change(row["text"]), "utterance": f"v{row['utterance']}"} for row in audio[:30]]
+    found = {f.id: f for f in ids(tmp_path, audio + again, families=["data"]).findings}["data-duplicates"]
+    assert found.weight == weight and ("keep neither" in found.fix[0]) == bool(wrong)
+    assert not wrong or f"at least {wrong} texts are not what is spoken" in found.symptom
+    parts = [{**row, "offset": 0.1, "duration": 0.2, "text": change(row["text"])} for row in audio[:30]]
+    rows = [{k: v for k, v in row.items() if k != "utterance"} for row in audio + parts]
+    assert "data-duplicates" not in ids(tmp_path, rows, families=["data"]).ids  # other stretches of the same files
+
+
+ENGLISH = ["the cat was on the table and it ate", "they had a boat which was not by the sea",
+           "you will be there at ten"]
+GERMAN_TEXTS = ["das ist nicht der hund von dem mann", "wir sind mit dem zug nach wien und es war kalt"]
+NAMES = ["leonardo da vinci", "los angeles", "vincent van gogh", "rio de janeiro", "one two three"]
+
+
+@pytest.mark.parametrize("texts, lang, found", [
+    (ENGLISH * 20 + GERMAN_TEXTS * 4, None, (8, "German", "English")),
+    (GERMAN_TEXTS * 30 + ENGLISH * 2, None, (6, "English", "German")),
+    (ENGLISH * 20 + GERMAN_TEXTS * 4, "lang", None),  # the rows say so
+    (ENGLISH * 20 + GERMAN_TEXTS * 2, None, None),  # four quotations
+    (ENGLISH * 5 + GERMAN_TEXTS * 4, None, None),  # too few to know
+    (ENGLISH * 20 + NAMES * 9, None, None),
+    (["el hombre e o rio con las casas do pai que es uma"] * 60 + ["o rio do norte foi ao mar com um barco"] * 8, None,
+     None),  # between two languages
+    (["zzz kwa yule mtu ni mzuri sana"] * 60 + GERMAN_TEXTS * 4, None, None),  # unknown
+])
+def test_texts_in_another_language(texts, lang, found):
+    rows = [{"text": t, "audio_filepath": "a.wav", "_at": f"t:{i}", **({"lang": t in ENGLISH} if lang else {})}
+            for i, t in enumerate(texts)]
+    try:
+        said = list(languages.texts_are_in_one_language(SimpleNamespace(rows={"train": rows})))
+    except NotExamined:
+        said = []
+    assert [(f.id, f.weight) for f in said] == [("data-mismatched-text", "warning")] * bool(found)
+    if found:
+        assert said[0].symptom.startswith(
+            f"At least {found[0]} of {len(rows)} texts of train are {found[1]}, the others {found[2]}")
 
 
 def test_audio_under_another_name_by_a_link_is_the_same_audio(audio, tmp_path):

@@ -14,7 +14,8 @@ from tests.recipes import tiny
 from tools.doctor.engine import examine
 
 WIDTH = 32
-FAMILIES = ["outputs", "features", "lengths", "labels", "loss", "gradients", "locality", "invariance", "depth"]
+FAMILIES = ["outputs", "features", "lengths", "labels", "loss", "gradients", "weights", "locality", "neighbours", "invariance",
+            "depth"]
 SHORT = "nemo.collections.asr.modules."
 
 

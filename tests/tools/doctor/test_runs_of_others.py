@@ -23,6 +23,7 @@ from tools.doctor.devices import FROM_ANOTHER
 from tools.doctor.engine import examine
 from tools.doctor.explain import read_run
 from tools.doctor.finding import Finding, Report
+from tools.doctor.logs import RESUME
 from tools.doctor.metrics import Tally
 from tools.doctor.pace import Pace
 from tools.doctor.recount import TRIES, Recount
@@ -148,6 +149,22 @@ def test_a_run_that_was_begun_again_is_one(tmp_path):
     points = dict(trace.get("loss"))
     assert (points[50], points[2450], points[2500], trace.last_step) == (20.0, 20.0, 10.0, 8950)
     assert len(trace.get("loss")) == len(points) and "input-unreadable" not in explain(tmp_path).ids
+
+
+def test_a_run_that_never_went_on_is_told_to_resume(tmp_path):
+    for version in range(3):
+        folder = tmp_path / f"version_{version}"
+        logged(folder / "metrics.csv", losses(range(0, 400, 10)), age=100 - version)
+        (folder / "hparams.yaml").write_text(json.dumps({"cfg": {"encoder": {}, "decoder": {}}}))
+        (folder / "lightning_logs.txt").write_text("Received SIGTERM: 15\n")
+    first = explain(tmp_path).findings[0]
+    assert first.id == "run-ended" and "3 times, each time from step 0" in first.symptom and first.fix[0] == RESUME
+    (tmp_path / "version_1" / "hparams.yaml").write_text("{}")  # two experiments, then
+    ended = next(f for f in explain(tmp_path).findings if f.id == "run-ended")
+    assert "3 times" not in ended.symptom and "no checkpoint is there" in ended.fix[0]
+    (tmp_path / "version_2" / "last.ckpt").write_bytes(b"x")
+    ended = next(f for f in explain(tmp_path).findings if f.id == "run-ended")
+    assert "trainer.fit(" in ended.fix[0]
 
 
 def test_a_test_after_the_training_is_no_run_of_its_own(tmp_path):
