@@ -48,7 +48,7 @@ def rate_of_known_outputs(subject):
     with probe.ready(calibrate=False), torch.no_grad():
         given = training_batch(probe)[:4]
         frames = model.forward(input_signal=given[0], input_signal_length=given[1])[1]
-        whole, part = _batch(probe, given, frames, spoken=True), _batch(probe, given, 0.3 * frames, spoken=False)
+        whole, part = _batch(probe, given, frames, spoken=True), _batch(probe, given, frames / 6, spoken=False)
         if whole.words < 4 or whole.words == part.words:
             raise NotExamined("too few words fit into the outputs")
         right, wrong = _step(probe, whole), _step(probe, part)
