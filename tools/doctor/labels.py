@@ -116,7 +116,8 @@ def decode_frames(probe, frames: list[int], width: int | None = None) -> str:
     return first if isinstance(first, str) else first.text
 
 
-def _decodes(probe) -> None:
+def must_decode(probe) -> None:
+    """Raises NotExamined where the model has no decoding of NeMo's kind, or next to no labels."""
     if getattr(probe.model, "decoding", None) is None or len(probe.vocabulary) < 3:
         raise NotExamined("the model has no decoding of NeMo's kind")
 
@@ -125,7 +126,7 @@ def _decodes(probe) -> None:
 def decoder_blank(subject):
     """Decoding drops the blank, and nothing else."""
     probe = subject.probe
-    _decodes(probe)
+    must_decode(probe)
     width = len(probe.vocabulary) + 1
     with probe.ready(calibrate=False), torch.no_grad():
         x, lengths = probe.features()
@@ -167,7 +168,7 @@ def decoder_blank(subject):
 def decoder_collapses(subject):
     """Decoding makes one letter of equal neighbours."""
     probe = subject.probe
-    _decodes(probe)
+    must_decode(probe)
     plain = _two_letters(probe)
     if len(plain) < 2:
         raise NotExamined("fewer than two labels are letters")
@@ -214,7 +215,7 @@ def _dropped(probe, indices: list[int], width: int) -> dict[int, bool]:
 def text_survives(subject):
     """Text that is turned into targets as in training, and back as in decoding, is the same text."""
     probe = subject.probe
-    _decodes(probe)
+    must_decode(probe)
     texts = [row["text"] for row in subject.rows.get("train", [])[:200]] or _sentences(probe)
     width = len(probe.vocabulary)
     blank = width

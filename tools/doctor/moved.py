@@ -51,6 +51,7 @@ class Moved:
     def _after_step(self, *_) -> None:
         with self.counted():
             self.steps += 1
+            self.begun = []  # it was for a run that makes no step
             if self._before is not None:
                 self._after = [p.detach().clone() for p in self.parameters]
 
@@ -64,19 +65,19 @@ class Moved:
         if not all(torch.equal(p.detach(), old) for p, old in zip(self.parameters, self.begun)):
             return None  # somebody moves them without Lightning
         manual = not trainer.lightning_module.automatic_optimization
-        every = "the number of batches that are added up before a step, against the batches of an epoch" if manual else ""
+        cause, fix = "The loss is computed and nothing is learned from it.", [
+            "step at the last batch of an epoch too, or leave it to Lightning: trainer.accumulate_grad_batches=N"]
+        if manual:
+            cause = ("The loss is computed and nothing is learned from it: with automatic_optimization=False the model has "
+                     "to step by itself, and the condition that it waits for has not come.")
+            fix.insert(0, "look at the number of batches that are added up before a step, against the batches of an epoch")
         return Finding(
             "weights-not-moved", "prevents",
             f"After {self.batches} batches no optimizer step has been made, and no weight has moved.",
-            "The loss is computed and nothing is learned from it"
-            + (": with automatic_optimization=False the model has to step by itself, and the condition that it waits for "
-               "has not come." if manual else "."),
+            cause,
             {"batches": self.batches, "batches an epoch": str(epoch), "automatic optimization": not manual,
              "accumulate_grad_batches": trainer.accumulate_grad_batches},
-            [line for line in (every and f"look at {every}",
-                               "step at the last batch of an epoch too, or leave it to Lightning: "
-                               "trainer.accumulate_grad_batches=N") if line],
-            0.9, where="training_step" if manual else "optimizer")
+            fix, 0.9, where="training_step" if manual else "optimizer")
 
 
 @torch.no_grad()

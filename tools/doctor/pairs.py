@@ -44,12 +44,12 @@ def transcripts_beside_audio(subject):
         known: dict[str, dict[str, str]] = {}
         # A part of a recording has a part of its transcript: nothing to compare.
         truth = [None if "offset" in row else beside(row["audio_filepath"], known) for row in rows]
-        pairs = [(i, _words(row["text"]), true) for i, (row, true) in enumerate(zip(rows, truth)) if true is not None]
+        pairs = [(i, words_of(row["text"]), true) for i, (row, true) in enumerate(zip(rows, truth)) if true is not None]
         compared += len(pairs)
-        wrong = [(i, said, true) for i, said, true in pairs if not _alike(said, true)]
+        wrong = [(i, said, true) for i, said, true in pairs if not alike(said, true)]
         if not wrong or len(wrong) < 2 and len(pairs) > 50:
             continue
-        texts = {" ".join(_words(row["text"])): i for i, row in enumerate(rows)}
+        texts = {" ".join(words_of(row["text"])): i for i, row in enumerate(rows)}
         shifts = [texts[" ".join(true)] - i for i, _, true in wrong if " ".join(true) in texts]
         share = len(wrong) / len(pairs)
         shift = max(set(shifts), key=shifts.count) if shifts else 0
@@ -89,7 +89,7 @@ def beside(audio: str, known: dict[str, dict[str, str]]) -> list[str] | None:
                 break
             except (OSError, UnicodeDecodeError):
                 continue
-    return None if text is None or not _words(text) else _words(text)
+    return None if text is None or not words_of(text) else words_of(text)
 
 
 def _transcripts(folder: str) -> dict[str, str]:
@@ -111,11 +111,11 @@ def _transcripts(folder: str) -> dict[str, str]:
     return found
 
 
-def _words(text: str) -> list[str]:
+def words_of(text: str) -> list[str]:
     return re.findall(r"[^\W\d_]+", text.lower().replace("'", ""))
 
 
-def _alike(said: list[str], true: list[str]) -> bool:
+def alike(said: list[str], true: list[str]) -> bool:
     """Whether two texts are the same but for spelling: at least half of the words, in any order."""
     if said == true:
         return True

@@ -5,7 +5,7 @@ from __future__ import annotations
 from tools.doctor.audio import same_audio
 from tools.doctor.data import EXAMPLES, by_file, examples, lines_of, role_of
 from tools.doctor.finding import Finding
-from tools.doctor.pairs import _alike, _words
+from tools.doctor.pairs import alike, words_of
 from tools.doctor.registry import check
 
 WRONG = 0.3  # share of a train manifest's texts that are of other audio, from which on it does not learn
@@ -50,14 +50,14 @@ def told_apart(rows: list[dict]) -> list[list[dict]]:
     for row in rows:
         recordings.setdefault((row["audio_filepath"], row.get("offset") or 0), []).append(row)
     return [same for same in recordings.values()
-            if any(not _alike(_words(same[0]["text"]), _words(row["text"])) for row in same[1:])]
+            if any(not alike(words_of(same[0]["text"]), words_of(row["text"])) for row in same[1:])]
 
 
 def _tell_texts(finding: Finding, apart: list[list[dict]], utterances: int, train: bool) -> None:
     """Adds to a finding on recordings that stand twice that their texts differ: which is right is not known."""
     if not apart:
         return
-    wrong = sum(len({" ".join(_words(row["text"])) for row in same}) - 1 for same in apart)
+    wrong = sum(len({" ".join(words_of(row["text"])) for row in same}) - 1 for same in apart)
     finding.weight = "prevents" if train and wrong >= WRONG * utterances else "warning"
     finding.symptom += f" Of {len(apart)} recordings the texts differ: at least {wrong} texts are not what is spoken."
     finding.cause = ("A recording has one text. Where it has two, rows were joined by a key that is not unique (the "

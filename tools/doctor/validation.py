@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from tools.doctor.finding import Finding
-from tools.doctor.labels import decode_frames
+from tools.doctor.labels import decode_frames, must_decode
 from tools.doctor.loss import of_the_recipes, training_batch, without_trainer
 from tools.doctor.metrics import CAUSES
 from tools.doctor.registry import NotExamined, check
@@ -43,8 +43,7 @@ def rate_of_known_outputs(subject):
     model = probe.model
     if of_the_recipes(model):
         raise NotExamined("the recipes' models keep all texts of a validation and count once, over all of them")
-    if getattr(model, "decoding", None) is None or len(probe.vocabulary) < 3:
-        raise NotExamined("the model has no decoding of NeMo's kind")
+    must_decode(probe)
     with probe.ready(calibrate=False), torch.no_grad():
         given = training_batch(probe)[:4]
         frames = model.forward(input_signal=given[0], input_signal_length=given[1])[1]

@@ -293,7 +293,10 @@ FAULTS = {
 
 @pytest.mark.parametrize("name", FAULTS)
 def test_a_mistake_is_named_first(name):
-    fault, make = FAULTS[name]
+    assert_named_first(*FAULTS[name])
+
+
+def assert_named_first(fault, make):
     report = probe(make())
     seen = [(f.weight, f.id, round(f.confidence, 2), f.symptom) for f in report.findings]
     assert report.ids and report.ids[0] == fault, seen

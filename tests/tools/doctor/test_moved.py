@@ -7,6 +7,7 @@ import torch
 from lightning.pytorch import Callback
 from nemo.collections.asr.models import EncDecCTCModel
 
+from tests.tools.doctor.faults.average_copied_back import Average
 from tests.tools.doctor.setups import models, tones
 from tests.tools.doctor.setups.runs import fit
 from tools.doctor import Doctor
@@ -23,18 +24,6 @@ def trained(given, folder, *callbacks, cls=EncDecCTCModel, steps=24, **settings)
     doctor = Doctor()
     assert fit(model, folder, steps, [*callbacks, doctor], **settings) is None
     return doctor, model
-
-
-class CopiedBack(Callback):
-    """The average is written into the model after every step, and so nothing but the average moves."""
-
-    def on_fit_start(self, trainer, model):
-        self.average = {name: p.detach().clone() for name, p in model.named_parameters()}
-
-    @torch.no_grad()
-    def on_train_batch_end(self, trainer, model, *_):
-        for name, p in model.named_parameters():
-            p.copy_(self.average[name].mul_(0.999).add_(p, alpha=0.001))
 
 
 class SwappedIn(Callback):
@@ -65,7 +54,7 @@ class StepsByItself(EncDecCTCModel):
 
 
 def test_an_average_that_is_copied_back(given, tmp_path):
-    doctor, _ = trained(given, tmp_path, CopiedBack())
+    doctor, _ = trained(given, tmp_path, Average())
     found = doctor.report().findings[0]
     assert (found.id, found.weight) == ("weights-not-moved", "prevents")
     assert found.evidence["share taken back"] == pytest.approx(0.999, abs=2e-3)

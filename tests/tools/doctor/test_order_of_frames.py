@@ -7,7 +7,7 @@ torch = pytest.importorskip("torch")
 from torch import nn
 from torch.nn import functional as F
 
-from tests.tools.doctor.test_model_probes import WIDTH, Around, after, edited, probe, recurrent, stock
+from tests.tools.doctor.test_model_probes import WIDTH, Around, after, assert_named_first, edited, probe, recurrent, stock
 
 
 def unfolded(y, n, chunk: int = 16):
@@ -114,11 +114,7 @@ RIGHT = {
 
 @pytest.mark.parametrize("name", FAULTS)
 def test_it_is_named_first(name):
-    fault, make = FAULTS[name]
-    report = probe(make())
-    seen = [(f.weight, f.id, round(f.confidence, 2), f.symptom) for f in report.findings]
-    assert report.ids and report.ids[0] == fault, seen
-    assert report.findings[0].fix and report.findings[0].cause
+    assert_named_first(*FAULTS[name])
 
 
 @pytest.mark.parametrize("name", RIGHT)
