@@ -29,10 +29,11 @@ from tools.doctor.frames import Frames, Gradients, Movement
 from tools.doctor.guard import guarded
 from tools.doctor.live import (
     follow_rate, is_scalar, keep_gradients, optimizer_findings, other_labels, planned_steps, probe_model, run_folder,
-    save, scanned, schedule_findings, settings_of,
+    save, scanned, schedule_findings, settings_of, trial_of,
 )
 from tools.doctor.logs import ended_by
 from tools.doctor.metrics import Tally
+from tools.doctor.monitors import monitors_of
 from tools.doctor.moved import Moved
 from tools.doctor.nonfinite import SCALER_PATIENCE
 from tools.doctor.pace import Pace
@@ -123,7 +124,7 @@ class Doctor(Callback):
         trace.optimizer = type(trainer.optimizers[0]).__name__ if trainer.optimizers else ""
         trace.settings = settings_of(pl_module)
         found, trace.warmup = schedule_findings(trainer, trace)
-        self.fixed += found
+        self.fixed += [*found, *trial_of(trainer), *monitors_of(trainer)]
         self.examined = ["run: optimizer and schedule of the live trainer"]
         self._frames = Frames(utterances.labels_of(pl_module))
         manifests = trace.settings.manifests.get("train", []) if trace.settings is not None else []

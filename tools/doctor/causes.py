@@ -44,6 +44,7 @@ EFFECTS: dict[str, tuple[str, ...]] = {
     "data-missing-audio": ("data-duration-wrong",),
     "data-characters": ("tokenizer-vocabulary",),
     "lr-zero": ("warmup-missing",),
+    "step-uphill": ("lr-too-high", "run-diverged", "run-plateau", "run-nan", "explodes"),
     "lr-too-high": ("warmup-missing", "run-nan", "run-diverged"),
     "schedule-per-epoch": ("lr-too-low", "warmup-too-long"),
     "warmup-too-long": ("lr-too-low",),

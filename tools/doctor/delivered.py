@@ -18,6 +18,7 @@ from tools.doctor.registry import NotExamined, check
 ROWS, FEWEST = 48, 16  # rows to look at, and those needed for a verdict
 SAME = 0.03  # of the logarithm of seconds: the same audio, but for rounding
 OTHER = 0.3  # of it: other audio; a change of speed in training stays below
+BEHIND = 0.1  # of the spread of a row, from which on what lies behind its length is no padding
 LINES = 200_000  # of the manifests, to be read
 
 
@@ -35,6 +36,7 @@ class Delivered:
     def __init__(self, manifests: list[str], rate: int, frame_rate: float = 100.0):
         self.manifests, self.rate, self.frame_rate = list(manifests), rate, frame_rate
         self.batches: list[list[tuple[float, str]]] = []
+        self.padded = self.behind = 0  # rows that are shorter than their batch, and those with sound behind their length
         self.judged = False
         self._durations: dict[str, list[float]] | None = None
         self._by_duration: dict[int, list[str]] = {}
@@ -56,6 +58,10 @@ class Delivered:
         if not isinstance(batch, (list, tuple)) or len(batch) < 4 or getattr(batch[0], "ndim", 0) not in (2, 3):
             return
         counts = batch[1].tolist() if hasattr(batch[1], "tolist") else []
+        for row, count in zip(batch[0], counts):
+            if row.shape[-1] > 1.05 * count + 3:
+                self.padded += 1
+                self.behind += float(row[..., int(count):].float().std()) > BEHIND * float(row.float().std())
         if batch[0].ndim == 3:  # a frame more than there are steps between frames
             seconds = [(count - 1) / self.frame_rate for count in counts]
         else:
@@ -66,6 +72,8 @@ class Delivered:
     def judge(self) -> list[Finding]:
         """Findings on all that was delivered. Raises NotExamined where too few rows can be told."""
         self.judged = True
+        if self.padded >= 8 and self.behind > 0.3 * self.padded:
+            return [self._sound_behind()]
         if self.rows < FEWEST:
             raise NotExamined(f"{self.rows} rows were seen, {FEWEST} are needed")
         self._read()
@@ -152,6 +160,17 @@ class Delivered:
             ["leave out utterances that are too long (model.train_ds.max_duration) instead of cutting their audio",
              "batches of one shape: pad, or bucket by duration"], 0.93, where="the training loader")
 
+    def _sound_behind(self) -> Finding:
+        return Finding(
+            "length-mismatch", "prevents",
+            f"What the loader delivers goes on behind its length: in {self.behind} of {self.padded} rows that are shorter than "
+            "their batch there is sound where padding should be.",
+            "Lengths count from the start. Rows that are padded in front, or lengths in another unit than the audio (frames "
+            "for samples, another sampling rate), leave the end of what is said outside, and its text in the targets.",
+            {"rows with padding": self.padded, "with sound behind their length": self.behind},
+            ["pad behind the audio: torch.nn.functional.pad(audio, (0, longest - len(audio)))",
+             "lengths in samples of the audio that is delivered"], 0.95, where="the training loader")
+
     def _texts_near(self, seconds: float) -> set[str]:
         """Texts of the manifest whose audio lasts about so long."""
         return {text.lower() for key in range(round(seconds * 100) - 1, round(seconds * 100) + 2)
@@ -216,7 +235,7 @@ def _plain(text: str) -> str:
     return " ".join(text.lower().split())
 
 
-@check("loader", faults=("data-mismatched-text", "label-order"), needs=("model", "manifests"))
+@check("loader", faults=("data-mismatched-text", "label-order", "length-mismatch"), needs=("model", "manifests"))
 def loader_keeps_pairs(subject):
     """The training loader delivers each text with its own audio."""
     from tools.doctor.probe import untouched

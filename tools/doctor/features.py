@@ -17,7 +17,7 @@ OFF = 1.12  # frames made by frames counted, from which on they are not of one h
 CONSTANT = 1e-3  # standard deviation over time under which a mel bin says nothing
 
 
-def _features(probe, items, train: bool = False):
+def front_end(probe, items, train: bool = False):
     """The preprocessor's (B, D, T) and lengths; its own chance (dither) only in train mode."""
     audio, lengths = probe.audio_batch(items)
     probe.model.preprocessor.train(train)
@@ -38,7 +38,7 @@ def features_are_usable(subject):
     probe = subject.probe
     items = probe.items()
     with untouched(probe.model), torch.no_grad():
-        x, lengths = _features(probe, items)
+        x, lengths = front_end(probe, items)
     if x.dim() != 3:
         raise NotExamined(f"features have {x.dim()} axes, not (B, D, T)")
     valid = [x[i, :, : int(n)] for i, n in enumerate(lengths)]
@@ -104,8 +104,8 @@ def dither_is_small(subject):
     items = probe.items()
     with untouched(probe.model), torch.no_grad():
         torch.manual_seed(0)
-        still, lengths = _features(probe, items)
-        noisy, _ = _features(probe, items, train=True)
+        still, lengths = front_end(probe, items)
+        noisy, _ = front_end(probe, items, train=True)
     if still.shape != noisy.shape or not bool(torch.isfinite(still).all() & torch.isfinite(noisy).all()):
         raise NotExamined("features of train and eval mode cannot be compared")
     mask = (torch.arange(still.shape[2], device=still.device)[None] < lengths[:, None])[:, None].expand_as(still)
@@ -125,7 +125,7 @@ def features_leave_the_batch_out(subject):
     probe = subject.probe
     item = min(probe.items(), key=lambda i: len(i.audio))
     with untouched(probe.model), torch.no_grad():
-        alone, lengths = _features(probe, [item])
+        alone, lengths = front_end(probe, [item])
         audio, size = probe.audio_batch([item])
         probe.model.preprocessor.eval()
         padded, _ = probe.model.preprocessor(
@@ -282,13 +282,13 @@ def _places(probe, item, seed: int):
     Returns (slope of the place in the features, by the returned length, over that in the audio; share of stretches
     that do not show where they should by it; (frames returned, seconds, the places)).
     """
-    still, lengths = _features(probe, [item])
+    still, lengths = front_end(probe, [item])
     frames, count = int(lengths[0]), len(item.audio)
     if frames < 40 or not bool(torch.isfinite(still).all()):
         raise NotExamined(f"{frames} frames of features, or features that are not finite")
     audio, size = probe.audio_batch([item])
     noise = torch.randn(audio.shape, generator=torch.Generator().manual_seed(seed)).to(audio) * audio.std()
-    places = []
+    changes = []
     for s in range(STRETCHES):
         begin, end = s * count // STRETCHES, (s + 1) * count // STRETCHES
         changed = audio.clone()
@@ -296,10 +296,12 @@ def _places(probe, item, seed: int):
         x, _ = probe.model.preprocessor(input_signal=changed, length=size)
         if x.shape != still.shape:
             raise NotExamined("the front end gives other frames for other audio of the same length")
-        change = (x.float() - still)[0].square().mean(dim=0).sqrt()
-        # Normalisation moves all frames, those of the stretch the most.
-        most = change.topk(min(max(frames // (2 * STRETCHES), 3), len(change))).indices
-        places.append(float(most.double().median()) / frames)
+        changes.append((x.float() - still)[0].square().mean(dim=0).sqrt())
+    # Normalisation moves all frames, and loud ones of features without a logarithm most, whatever stretch is changed.
+    moved = torch.stack(changes)
+    moved = moved / (moved.median(dim=0).values + 1e-3 * moved.max())
+    most = moved.topk(min(max(frames // (2 * STRETCHES), 3), moved.shape[1])).indices
+    places = [float(place) / frames for place in most.double().median(dim=1).values]
     # A line through most of them, whatever the others do.
     rise = median(STRETCHES * (places[b] - places[a]) / (b - a) for a, b in combinations(range(STRETCHES), 2))
     off = [place - rise * (s + 0.5) / STRETCHES for s, place in enumerate(places)]

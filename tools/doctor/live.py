@@ -14,6 +14,7 @@ from tools.doctor.autopsy import Output
 from tools.doctor.finding import Finding, Plot, Report
 from tools.doctor.trace import Trace
 from tools.doctor.trained import copies, judged, left_out, started_from
+from tools.doctor.trials import left_from_a_trial
 
 log = logging.getLogger("doctor")
 
@@ -152,6 +153,17 @@ def schedule_findings(trainer, trace: Trace) -> tuple[list[Finding], int | None]
                 {"learning rate": rate}, [f"{trace.key('model.optim.sched.name')}=CosineAnnealing with warmup_steps "
                                           "of a tenth of the run"], 0.6, where=trace.key("model.optim.sched")))
     return found, int(warmup) if warmup else None
+
+
+def trial_of(trainer) -> list[Finding]:
+    """A finding where the trainer takes only some batches of its data, as for trying a program out."""
+    given = {name: getattr(trainer, name, None) for name in ("fast_dev_run", "overfit_batches", "limit_train_batches")}
+    try:
+        batches = len(trainer.train_dataloader)
+    except (TypeError, NotImplementedError):  # nobody knows how many there are
+        batches = None
+    found = left_from_a_trial(given, batches)
+    return [] if found is None else [found]
 
 
 def hardly_rising(scheduler, epochs: int | None, steps: int | None, frequency: int = 1) -> list[Finding]:

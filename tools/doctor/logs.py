@@ -22,7 +22,7 @@ FORGOTTEN = re.compile(r"doctor: step (\d+): (\S+) is not finite; origin: (\S+) 
 ERRORS = (
     ("CUDA out of memory", "out of memory"), ("DefaultCPUAllocator: can't allocate", "out of memory"),
     ("SIGTERM", "ended by SIGTERM"), ("KeyboardInterrupt", "interrupted"), ("Killed", "killed"),
-    ("NCCL error", "NCCL error"), ("No space left on device", "disk full"),
+    ("Signaling Trainer to stop", "ended by early stopping"), ("NCCL error", "NCCL error"), ("No space left on device", "disk full"),
     ("Traceback (most recent call last)", "exception"),
 )
 
@@ -116,6 +116,8 @@ def _last_of_traceback(lines: list[str], at: int) -> str:
 WAYS_OUT = {
     "out of memory": ["a smaller training.global_batch_seconds, or more accumulate_grad_batches",
                       "a shorter model.train_ds.max_duration"],
+    "ended by early stopping": ["a longer patience: word error rates stay at 1.0 for some epochs before they fall",
+                                "min_delta and mode that fit what it watches: mode=min for val_wer and val_loss"],
     "disk full": ["fewer checkpoints: exp_manager.checkpoint_callback_params.save_top_k=1"],
 }
 

@@ -1,4 +1,4 @@
-"""Whether the optimizer is asked for steps in a live run, and whether the weights stay where it puts them."""
+"""Whether the optimizer is asked for steps in a live run, whether they go down, and whether the weights stay there."""
 
 from __future__ import annotations
 
@@ -18,7 +18,8 @@ class Moved:
 
     Where `look` is set, some matrices are held from before a step and from after it, and compared with what they are
     before the next: the share of the step that was taken back meanwhile is added to the trace as `undone`. A weight
-    average that is swapped in for a validation and out again leaves nothing of that.
+    average that is swapped in for a validation and out again leaves nothing of that. The cosine between the step and
+    the gradient that it was made with, turned round, is added as `downhill`.
 
     counted: gives a context in which the time that this takes is counted.
     """
@@ -54,6 +55,9 @@ class Moved:
             self.begun = []  # it was for a run that makes no step
             if self._before is not None:
                 self._after = [p.detach().clone() for p in self.parameters]
+                down = downhill(self._before, self._after, [p.grad for p in self.parameters])
+                if math.isfinite(down):
+                    self.trace.add("downhill", self.steps, down)
 
     def batch(self, trainer, asked: bool) -> Finding | None:
         """To be called after each batch; `asked`: whether a step has been asked for in this run. A finding, once."""
@@ -90,3 +94,14 @@ def undone(before: list, after: list, now: list) -> float:
         if size > 0:
             shares.append(float((step * (placed - value).float()).sum()) / size)
     return sorted(shares)[len(shares) // 2] if shares else math.nan
+
+
+@torch.no_grad()
+def downhill(before: list, after: list, gradients: list) -> float:
+    """Cosine between a step, `before` to `after`, and the way down the gradients; NaN where either is nothing."""
+    sums = [torch.stack([((old - new) * g).float().sum(), (old - new).float().square().sum(), g.float().square().sum()])
+            for old, new, g in zip(before, after, gradients) if g is not None and not g.is_sparse]
+    if not sums:
+        return math.nan
+    along, step, gradient = torch.stack(sums).sum(dim=0).tolist()
+    return along / (step * gradient) ** 0.5 if step > 0 and gradient > 0 else math.nan

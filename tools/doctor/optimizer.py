@@ -24,11 +24,7 @@ def can_be_made(subject):
     from nemo.core.classes import ModelPT
 
     s = subject.settings
-    if type(subject.model).configure_optimizers is not ModelPT.configure_optimizers:
-        raise NotExamined("the model has a configure_optimizers of its own")
-    if not isinstance(s.get("model.optim"), DictConfig):
-        raise NotExamined("the configuration has no model.optim")
-    optim, sched = _settings(subject)
+    optim, sched = optimizer_settings(subject)
     parts = [("optimizer", s.key("model.optim"), optim.get("_target_") or optim.get("name", "adam"), optim)]
     if sched:
         parts.append(("schedule", s.key("model.optim.sched"), sched.get("name"), {**optim, "sched": sched}))
@@ -47,8 +43,17 @@ def can_be_made(subject):
         return  # without the optimizer there is no schedule
 
 
-def _settings(subject) -> tuple[dict, dict]:
-    """model.optim and its sched as plain dicts; what training fills in is filled in."""
+def optimizer_settings(subject) -> tuple[dict, dict]:
+    """model.optim and its sched as plain dicts; what training fills in is filled in.
+
+    Raises NotExamined where the optimizer is not made of them.
+    """
+    from nemo.core.classes import ModelPT
+
+    if type(subject.model).configure_optimizers is not ModelPT.configure_optimizers:
+        raise NotExamined("the model has a configure_optimizers of its own")
+    if not isinstance(subject.settings.get("model.optim"), DictConfig):
+        raise NotExamined("the configuration has no model.optim")
     try:
         optim = OmegaConf.to_container(subject.settings.get("model.optim"), resolve=True, throw_on_missing=False)
     except OmegaConfBaseException as error:
@@ -64,17 +69,23 @@ def _settings(subject) -> tuple[dict, dict]:
     return optim, sched
 
 
+def made(model_class, optim: dict, parameters: list):
+    """The optimizer that NeMo's own setup_optimization makes of these settings for these parameters. Raises whatever
+    anybody's optimizer raises."""
+    stand_in = SimpleNamespace(
+        _cfg=None, _trainer=None, _train_dl=None, _optimizer_param_groups=[{"params": parameters}],
+        setup_optimizer_param_groups=lambda: None, _optim_config_copy=lambda config: OmegaConf.create(config))
+    model_class.setup_optimization(stand_in, optim)
+    return stand_in._optimizer
+
+
 def _error(model_class, optim: dict) -> Exception | None:
-    """What NeMo's own setup_optimization raises for one parameter that stands for all; None where it raises nothing."""
+    """What is raised for one parameter that stands for all; None where nothing is."""
     import torch
 
-    groups = [{"params": [torch.nn.Parameter(torch.zeros(2, 2))]}]
-    stand_in = SimpleNamespace(
-        _cfg=None, _trainer=None, _train_dl=None, _optimizer_param_groups=groups,
-        setup_optimizer_param_groups=lambda: None, _optim_config_copy=lambda config: OmegaConf.create(config))
     try:
-        model_class.setup_optimization(stand_in, optim)
-    except Exception as error:  # whatever anybody's optimizer raises
+        made(model_class, optim, [torch.nn.Parameter(torch.zeros(2, 2))])
+    except Exception as error:
         return error
     return None
 

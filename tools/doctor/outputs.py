@@ -13,6 +13,7 @@ from tools.doctor.tracing import describe, differs, first_difference, trace
 
 NORMALISED = 0.02  # nats by which the log of the sum of probabilities may miss 0
 PREFERRED = 5.0  # nats between a label and the blank that no weight asks for
+TIED = 0.2  # share of outputs that are equal to others of their frame; of numbers that are not cut none is
 CONFIDENT = 0.6  # probability that a frame must reach when the last layer's weights are large
 
 
@@ -169,6 +170,29 @@ def _sharpest(probe, x, lengths) -> tuple[float | None, float]:
     if not bool(torch.isfinite(out).all()):
         return None, 0.0
     return float(out.exp().amax(dim=2).flatten().median()), float(torch.logsumexp(out.double(), 2).abs().mean())
+
+
+@check("outputs", faults=("no-gradient",), needs=("model",))
+def scores_are_not_cut(subject):
+    """Scores of labels are not cut off below or above."""
+    probe = subject.probe
+    with probe.ready(), torch.no_grad():
+        out = probe.forward(*probe.features())[0].float()
+    shares = {}
+    for end, edge in (("lowest", out.amin(dim=-1, keepdim=True)), ("highest", out.amax(dim=-1, keepdim=True))):
+        same = (out == edge).sum(dim=-1)
+        shares[end] = float((same * (same > 1)).float().mean()) / out.shape[-1]
+    end = max(shares, key=shares.get)
+    if not shares[end] > TIED or not bool((out[0] != out[0, :1]).any()):
+        return  # outputs that are always the same are told by another check
+    yield Finding(
+        "no-gradient", "warning",
+        f"{shares[end]:.0%} of all outputs are exactly the {end} of their frame, shared with other labels: the scores are "
+        "cut off before the softmax.",
+        "A ReLU or a clamp stands behind the last layer. Where it cuts, no gradient comes back, and no label can be made "
+        f"{'less' if end == 'lowest' else 'more'} probable than the others that are cut.",
+        {f"share at the {name}": round(share, 3) for name, share in shares.items()},
+        ["the last layer is linear: take the activation between it and log_softmax out"], 0.85, where="decoder")
 
 
 @check("outputs", faults=("blank-index",), needs=("model",))

@@ -19,6 +19,7 @@ from tools.doctor.trace import EARLY_STEPS, LATE_STEPS, LETTERS_ONLY, OVER_STEPS
 
 BLANK, LETTER = 0.97, 0.9
 SLOW_DATA = 0.3
+UPHILL = -0.05  # cosine of steps with the way down their gradients, under which they go up
 OTHER_UNIT = 5.0  # a first validation's loss by the train loss: above it is counted in another unit
 HIDDEN_WARNING, HIDDEN_STOPS = 0.001, 0.3  # share of utterances whose loss is infinite
 
@@ -112,7 +113,7 @@ def _only_worse(curve, causes: list[str], outputs: dict, plots) -> Finding:
 def causes_of(trace: Trace) -> list[str]:
     """Ids of the causes that other rules name for a run that does not learn."""
     found: list[Finding] = []
-    for rule in (non_finite, learning_rate, targets, hidden_losses, unmoved, undone):
+    for rule in (non_finite, learning_rate, targets, hidden_losses, unmoved, undone, uphill):
         try:
             found += rule(trace)
         except NotExamined:
@@ -262,6 +263,23 @@ def undone(trace: Trace) -> list[Finding]:
         plots=[trace.plot("Share of a step that is taken back", {"undone": "taken back"}, "share")])]
 
 
+def uphill(trace: Trace) -> list[Finding]:
+    """Steps that go up the gradient."""
+    cosines = trace.values("downhill")
+    if len(cosines) < 5:
+        raise NotExamined("too few steps were held against their gradients")
+    if median(cosines) > UPHILL:
+        return []
+    return [Finding(
+        "step-uphill", "prevents",
+        f"The optimizer's steps go up the gradient (cosine with the way down {median(cosines):.2f}).",
+        "Each step makes the loss larger: maximize=True, a negative rate, or a step of one's own that adds where it "
+        "should subtract.",
+        {"cosine with the way down, median": round(median(cosines), 3), "steps looked at": len(cosines)},
+        [f"{trace.key('model.optim.maximize')}=false", "p.sub_(rate * p.grad) in a step of one's own"], 0.9,
+        plots=[trace.plot("Steps against the gradient", {"downhill": "1: straight down"}, "cosine")])]
+
+
 def overfitting(trace: Trace) -> list[Finding]:
     """Validation loss that rises while train loss falls."""
     train = shape(trace)
@@ -356,6 +374,7 @@ RULES = {
     hidden_losses: ("infinite-loss-hidden",),
     unmoved: ("no-gradient",),
     undone: ("weights-not-moved",),
+    uphill: ("step-uphill",),
     progress: ("run-plateau", "run-collapse-blank", "run-collapse-letter", "run-diverged"),
     overfitting: ("run-overfitting",),
     slow_data: ("data-slow",),

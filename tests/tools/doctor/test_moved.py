@@ -53,6 +53,37 @@ class StepsByItself(EncDecCTCModel):
             optimizer.zero_grad()
 
 
+class Uphill(EncDecCTCModel):
+    """An optimizer of its own, that goes up."""
+
+    def configure_optimizers(self):
+        self._optimizer = torch.optim.AdamW(self.parameters(), lr=1e-3, maximize=True)  # NeMo looks at it
+        return self._optimizer
+
+
+def test_an_optimizer_that_goes_up(given, tmp_path):
+    doctor, _ = trained(given, tmp_path, cls=Uphill, steps=60)
+    found = doctor.report().findings[0]
+    assert (found.id, found.weight) == ("step-uphill", "prevents")
+    assert found.evidence["cosine with the way down, median"] < -0.1
+
+
+class Momentum(EncDecCTCModel):
+    def configure_optimizers(self):
+        self._optimizer = torch.optim.SGD(self.parameters(), lr=0.02, momentum=0.95, weight_decay=1e-2)
+        return self._optimizer
+
+
+def test_momentum_goes_down_all_the_same(given, tmp_path):
+    doctor, _ = trained(given, tmp_path, cls=Momentum, steps=60)
+    assert len(doctor.trace.values("downhill")) > 5 and "step-uphill" not in doctor.report().ids
+
+
+def test_a_trial_left_in_the_trainer(given, tmp_path):
+    doctor, _ = trained(given, tmp_path, steps=4, limit_train_batches=1)
+    assert "limit_train_batches=1" in next(f for f in doctor.report().findings if f.id == "data-filtered").symptom
+
+
 def test_an_average_that_is_copied_back(given, tmp_path):
     doctor, _ = trained(given, tmp_path, Average())
     found = doctor.report().findings[0]

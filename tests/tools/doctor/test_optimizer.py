@@ -48,13 +48,13 @@ def test_what_cannot_be_made_is_named(case):
 ])
 def test_what_can_be_made_is_examined_and_silent(optim):
     report = of(optim)
-    assert not report.findings and [line.split(":")[0] for line in report.examined] == ["optimizer"]
+    assert not report.findings and [line.split(":")[0] for line in report.examined] == 2 * ["optimizer"]
 
 
 @pytest.mark.parametrize("recipe", ["deepspeech", "deepspeech2", "conformer"])
 def test_values_that_training_fills_in_are_not_missed(recipe):
     report = examine(config=recipe, families=["optimizer"])
-    assert not report.findings and len(report.examined) == 1
+    assert not report.findings and len(report.examined) == 2
 
 
 def test_what_needs_other_hardware_is_not_judged():

@@ -1,0 +1,161 @@
+"""Left-overs of trials, optimizers that do not do what their rate says, filters that keep speech out."""
+
+import pytest
+import torch
+from lightning.pytorch import Trainer
+from lightning.pytorch.callbacks import EarlyStopping, ModelCheckpoint
+from nemo.collections.asr.modules import ConvASRDecoder
+
+import tests.tools.doctor.setups.encoders  # noqa: F401  makes its classes known to NeMo
+from tests.tools.doctor.faults import eps_of_one, filters_of_a_bass, optimizer_maximizes, trial_left_over
+from tests.tools.doctor.setups import live, models, written
+from tools.doctor.delivered import Delivered
+from tools.doctor.engine import examine
+from tools.doctor.monitors import monitors_of, turned_round
+from tools.doctor.trials import left_from_a_trial
+
+
+def first(made, *families):
+    report = examine(**made, families=families)
+    return report.findings[0], report
+
+
+def test_maximize_goes_up(tmp_path):
+    found, _ = first(optimizer_maximizes.make(tmp_path), "optimizer")
+    assert (found.id, found.weight) == ("step-uphill", "prevents") and found.evidence["cosine"] > 0.1
+
+
+def test_eps_far_above_the_gradients(tmp_path):
+    found, _ = first(eps_of_one.make(tmp_path), "optimizer")
+    assert (found.id, found.where) == ("lr-too-low", "model.optim.eps")
+    assert found.evidence["share of a step that is made"] < 0.1 and found.fix == ["model.optim.eps=1e-08"]
+
+
+@pytest.mark.parametrize("name,rate", [("sgd", 0.1), ("adamw", 2e-3), ("novograd", 0.02), ("adan", 2e-3), ("adafactor", 1e-3)])
+def test_optimizers_as_they_are_used(tmp_path, name, rate):
+    extra = {"momentum": 0.9} if name == "sgd" else {"relative_step": False} if name == "adafactor" else {}
+    made = written(tmp_path, "rnn", optim={"name": name, "lr": rate, "sched": {"name": "CosineAnnealing", "warmup_steps": 50},
+                                           **extra})
+    report = examine(**made, families=["optimizer"])
+    assert not report.findings, report.findings
+    assert "step-uphill" in report.ruled_out
+
+
+def test_a_run_too_short_and_too_slow_to_move_anything(tmp_path):
+    made = written(tmp_path, "rnn", trainer={"max_steps": 60}, optim={"name": "sgd", "lr": 2e-5, "sched": None})
+    found, _ = first(made, "optimizer")
+    assert (found.id, found.weight) == ("lr-too-low", "prevents") and "of their size" in found.symptom
+
+
+def test_two_batches_of_twelve(tmp_path):
+    found, _ = first(trial_left_over.make(tmp_path), "limits")
+    assert (found.id, found.weight) == ("data-filtered", "warning")
+    assert found.fix == ["take trainer.limit_train_batches out"]
+
+
+@pytest.mark.parametrize("given,batches,said", [
+    ({"fast_dev_run": True}, 12, True), ({"fast_dev_run": False}, 12, False), ({"overfit_batches": 0.0}, 12, False),
+    ({"overfit_batches": 1}, None, True), ({"limit_train_batches": 1.0}, 12, False), ({"limit_train_batches": 0.1}, None, True),
+    ({"limit_train_batches": 12}, 12, False), ({"limit_train_batches": 5000}, None, False),
+    ({"limit_train_batches": 1000}, 100_000, True), ({"limit_train_batches": None}, 12, False),
+])
+def test_what_is_a_trial(given, batches, said):
+    assert (left_from_a_trial(given, batches) is not None) is said
+
+
+def test_a_loss_that_is_summed_with_a_rate_for_its_mean(tmp_path):
+    made = written(tmp_path, "rnn", trainer={"gradient_clip_val": 0.0}, ctc_reduction="sum",
+                   optim={"name": "sgd", "lr": 0.5, "sched": {"name": "CosineAnnealing", "warmup_steps": 50}})
+    found, _ = first(made, "optimizer")
+    assert (found.id, found.weight) == ("lr-too-high", "prevents") and found.evidence["of their size, in one step"] > 1
+
+
+@pytest.mark.parametrize("until,weight", [(10_000, "prevents"), (-1, "prevents"), ([0, 700], "warning"), (50, None), ([200, 300], None)])
+def test_modules_that_stay_frozen(tmp_path, until, weight):
+    made = written(tmp_path, "rnn", freeze_updates={"enabled": True, "modules": {"encoder": until}})
+    report = examine(**made, families=["limits"])
+    assert [f.weight for f in report.findings if f.id == "frozen"] == ([weight] if weight else [])
+
+
+@pytest.mark.parametrize("what,monitor,mode,wrong", [
+    ("early stopping", "val_wer", "max", True), ("early stopping", "val_wer", "min", False), ("early stopping", "val_acc", "max", False),
+    ("the best checkpoint", "val_loss", "max", True), ("the learning rate", "val_cer", None, False),
+])
+def test_what_is_watched(what, monitor, mode, wrong):
+    found = turned_round(what, monitor, mode, "mode")
+    assert (found is not None) is wrong
+    assert not wrong or found.fix == ["mode=min"]
+
+
+def test_the_worst_checkpoints_are_kept(tmp_path):
+    config = {"name": "mine", "model": models.section("rnn"), "trainer": {"max_steps": 1000},
+              "exp_manager": {"checkpoint_callback_params": {"monitor": "val_wer", "mode": "max"}}}
+    report = examine(config=config, families=["limits"])
+    assert [(f.where, f.weight) for f in report.findings if f.id == "monitor-reversed"] == [
+        ("exp_manager.checkpoint_callback_params.mode", "warning")]
+
+
+def test_callbacks_of_a_live_trainer():
+    trainer = Trainer(accelerator="cpu", logger=False, callbacks=[
+        EarlyStopping("val_wer", mode="max"), ModelCheckpoint(monitor="val_wer", mode="min")])
+    assert [f.where for f in monitors_of(trainer)] == ["EarlyStopping(mode=...)"]
+
+
+def test_a_run_that_was_stopped_while_it_got_better(tmp_path):
+    (tmp_path / "metrics.csv").write_text("step,train_loss,val_wer\n" + "".join(
+        f"{10 * e},{3 - 0.2 * e},{1.1 - 0.1 * e}\n" for e in range(1, 8)))
+    (tmp_path / "lightning_logs.txt").write_text(
+        "Monitored metric val_wer did not improve in the last 6 records. Best score: 1.000. Signaling Trainer to stop.\n")
+    report = examine(run=tmp_path)
+    assert report.findings[0].id == "monitor-reversed"
+    assert "fallen to 0.4" in report.findings[0].symptom
+
+
+class Rectified(ConvASRDecoder):
+    def forward(self, encoder_output):
+        return self.decoder_layers(encoder_output).transpose(1, 2).relu().log_softmax(-1)
+
+
+def test_scores_that_are_rectified(tmp_path):
+    made = live(tmp_path, "rnn")
+    before = examine(**made, families=["outputs"])
+    assert "no-gradient" not in before.ids
+    made["model"].decoder.__class__ = Rectified
+    found = next(f for f in examine(**made, families=["outputs"]).findings if f.id == "no-gradient")
+    assert found.evidence["share at the lowest"] > 0.2
+
+
+@pytest.mark.parametrize("padded", ["in front", "behind"])
+def test_padding_on_the_wrong_side(padded):
+    seen = Delivered(["train.json"], 16000)
+    for _ in range(6):
+        lengths = torch.tensor([16000, 12000, 9000, 6000])
+        audio = torch.zeros(4, 16000)
+        for row, n in zip(audio, lengths.tolist()):
+            (row[-n:] if padded == "in front" else row[:n]).normal_()
+        seen.add((audio, lengths, torch.ones(4, 3), torch.full((4,), 3)), ["abc"] * 4)
+    assert (seen.padded, seen.behind) == (18, 18 if padded == "in front" else 0)
+    if padded == "in front":
+        found, = seen.judge()
+        assert (found.id, found.weight) == ("length-mismatch", "prevents")
+
+
+def test_filters_that_end_below_speech(tmp_path):
+    found, _ = first(filters_of_a_bass.make(tmp_path), "features")
+    assert (found.id, found.weight) == ("features-bad", "warning") and "1000 to 2000 Hz" in found.symptom
+
+
+def test_filters_that_begin_above_speech(tmp_path):
+    found, _ = first(live(tmp_path, "rnn", preprocessor=models.preprocessor(lowfreq=4000)), "features")
+    assert (found.id, found.weight) == ("features-bad", "prevents")
+
+
+def test_filters_of_a_telephone(tmp_path):
+    report = examine(**live(tmp_path, "rnn", preprocessor=models.preprocessor(lowfreq=200, highfreq=3600)), families=["features"])
+    assert "features-bad" not in report.ids
+
+
+def test_energies_without_logarithm_are_as_many_as_they_are(tmp_path):
+    """Only loud frames show in them, whatever stretch is changed: it was taken for frames that are not heard."""
+    report = examine(**live(tmp_path, "rnn", preprocessor=models.preprocessor(log=False)), families=["features"])
+    assert "length-mismatch" not in report.ids and torch.is_grad_enabled()
