@@ -28,7 +28,7 @@ from tools.doctor.finding import Finding, Report
 from tools.doctor.frames import Frames, Gradients, Movement
 from tools.doctor.guard import guarded
 from tools.doctor.live import (
-    follow_rate, is_scalar, keep_gradients, optimizer_findings, other_labels, planned_steps, probe_model, run_folder,
+    follow_rate, is_scalar, keep_gradients, optimizer_findings, planned_steps, probe_model, run_folder,
     save, scanned, schedule_findings, settings_of, trial_of,
 )
 from tools.doctor.logs import ended_by
@@ -39,6 +39,7 @@ from tools.doctor.nonfinite import SCALER_PATIENCE
 from tools.doctor.pace import Pace
 from tools.doctor.recount import Recount
 from tools.doctor.registry import NotExamined
+from tools.doctor.resumed import other_labels, schedule_over
 from tools.doctor.run import diagnose
 from tools.doctor.speaking import announce, troubled
 from tools.doctor.trace import Trace
@@ -124,7 +125,7 @@ class Doctor(Callback):
         trace.optimizer = type(trainer.optimizers[0]).__name__ if trainer.optimizers else ""
         trace.settings = settings_of(pl_module)
         found, trace.warmup = schedule_findings(trainer, trace)
-        self.fixed += [*found, *trial_of(trainer), *monitors_of(trainer)]
+        self.fixed += [*found, *schedule_over(trainer, trace), *trial_of(trainer), *monitors_of(trainer)]
         self.examined = ["run: optimizer and schedule of the live trainer"]
         self._frames = Frames(utterances.labels_of(pl_module))
         manifests = trace.settings.manifests.get("train", []) if trace.settings is not None else []

@@ -27,11 +27,32 @@ def find(folder: Path) -> list[Path]:
     return [paths[round(k * (len(paths) - 1) / (MOST - 1))] for k in range(MOST)]
 
 
+def callbacks_of(path: Path) -> list[str]:
+    """How the callbacks of a run name themselves in its checkpoint, "EarlyStopping{'monitor': ..., 'mode': ...}"; none
+    where it cannot be read."""
+    try:
+        return [str(name) for name in _saved(path).get("callbacks", {})]
+    except ValueError:
+        return []
+
+
 def load(path: Path) -> tuple[dict, int | None]:
     """(name -> tensor, step or None) of a Lightning checkpoint or a `.nemo`.
 
     Raises ValueError with one line where it cannot be read without unpickling more than tensors.
     """
+    import torch
+
+    saved = _saved(path)
+    weights = saved.get("state_dict", saved)
+    weights = {name: value for name, value in weights.items() if isinstance(value, torch.Tensor)}
+    if not weights:
+        raise ValueError(f"{path.name}: no weights in it")
+    return weights, saved.get("global_step")
+
+
+def _saved(path: Path) -> dict:
+    """What a checkpoint holds, or the weights of a `.nemo`. Raises ValueError with one line."""
     import torch
 
     from tools.doctor.opening import _load_with_config, not_a_model
@@ -44,18 +65,14 @@ def load(path: Path) -> tuple[dict, int | None]:
                 member = next((m for m in tar.getmembers() if m.name.endswith("model_weights.ckpt")), None)
                 if member is None:
                     raise ValueError("no model_weights.ckpt in it")
-                return torch.load(tar.extractfile(member), map_location="cpu", weights_only=True), None
+                return torch.load(tar.extractfile(member), map_location="cpu", weights_only=True)
         try:
             saved = torch.load(path, map_location="cpu", weights_only=True)
         except Exception:  # its hyper-parameters are OmegaConf's nodes
             saved = _load_with_config(path)
     except Exception as error:  # tar, pickle, zip, torch: no common kind
         raise ValueError(f"{path.name}: {type(error).__name__}: {' '.join(str(error).split())[:160]}") from None
-    weights = saved.get("state_dict", saved) if isinstance(saved, dict) else {}
-    weights = {name: value for name, value in weights.items() if isinstance(value, torch.Tensor)}
-    if not weights:
-        raise ValueError(f"{path.name}: no weights in it")
-    return weights, saved.get("global_step")
+    return saved if isinstance(saved, dict) else {}
 
 
 @check("run", faults=("run-nan", "frozen", "input-unreadable"), needs=("run",))

@@ -1,5 +1,5 @@
-"""Texts in another language than the rest (family "pairs"): told by the small words that every sentence of a language
-has. Standard library only.
+"""Texts in another language than the rest, spelt or written backwards (family "pairs"): told by the small words that
+every sentence of a language has. Standard library only.
 
 Names, numbers and commands have none of them and count for no language; a language that is not in the list, or one
 between two that are, gives no verdict.
@@ -35,6 +35,7 @@ SMALL_WORDS = {name: frozenset(words.split()) for name, words in {
               "eller",
     "Polish": "i w na nie sie z do to ze jest o jak ale po co tak za od jego przez dla lub jesli oraz jako",
 }.items()}
+LETTERS = 0.8  # share of words that are one letter; in English 5 %
 FEWEST = 40  # texts, that tell what the usual language is
 USUAL = 0.15  # share of all words that are small words of the usual language
 WORDS, SHARE = 3, 0.2  # of a text in another language: small words, and their share of its words
@@ -66,6 +67,41 @@ def texts_are_in_one_language(subject):
     if not judged:
         raise NotExamined(f"takes {FEWEST} texts of a language known here ({', '.join(SMALL_WORDS)}), and no `lang` in "
                           "the rows that says there are several")
+
+
+@check("pairs", needs=("manifests",))
+def texts_are_words(subject):
+    """Texts are words, with spaces between them, written forwards."""
+    judged = False
+    for role, rows in subject.rows.items():
+        rows = [row for row in rows if row["text"].strip()]
+        words = [word for row in rows for word in plain_words(row["text"])]
+        if len(rows) < FEWEST or len(words) < 4 * FEWEST:
+            continue
+        judged = True
+        latin = [word for word in words if word.isascii()]
+        letters = sum(len(word) == 1 for word in latin) / len(words)
+        forwards, backwards = (max(_share(Counter(word[::turn] for word in words), small) for small in SMALL_WORDS.values())
+                               for turn in (1, -1))
+        if letters > LETTERS:
+            told = (f"{letters:.0%} of the words of {role} are single letters: texts are spelt.",
+                    "A space stands between all letters, as in fairseq's .ltr files: half of all labels are spaces that "
+                    "nobody speaks, targets are twice as long, and a word error rate counts letters.",
+                    "take the spaces between letters out, and write a space where the file has |")
+        elif backwards >= USUAL and forwards < 0.5 * backwards:
+            told = (f"The texts of {role} are written backwards: {backwards:.0%} of their words are small words of a language "
+                    f"when read from the end, {forwards:.0%} as they stand.",
+                    "Letters stand from the last to the first, and audio runs from the first to the last: CTC cannot turn "
+                    "them round.", "turn the texts round again: text[::-1]")
+        else:
+            continue
+        symptom, cause, fix = told
+        yield Finding(
+            "data-mismatched-text", "warning" if letters > LETTERS or role != "train" else "prevents", symptom, cause,
+            {"single letters": round(letters, 3), "small words": round(forwards, 3), "read from the end": round(backwards, 3),
+             "first": rows[0]["text"][:80]}, [fix], 0.9, where=rows[0]["_at"])
+    if not judged:
+        raise NotExamined(f"takes {FEWEST} texts of some words")
 
 
 def plain_words(text: str) -> list[str]:

@@ -79,7 +79,10 @@ def returned_lengths_match(subject):
             "The lengths are not shortened as the output is (the subsampling is not applied to them, or another one). "
             "CTC then reads frames that do not exist: an error on some devices, numbers without meaning on others.",
             evidence,
-            ["return lengths through the same arithmetic as the layers: floor((length + 2 * padding - dilation * "
+            [*([f"{subject.settings.key('model.encoder.conv_mask')}=true: without its masks NeMo's ConvASREncoder leaves the "
+                "lengths as they came, and lets padding in"]
+               if subject.settings is not None and subject.settings.get("model.encoder.conv_mask") is False else []),
+             "return lengths through the same arithmetic as the layers: floor((length + 2 * padding - dilation * "
              "(kernel - 1) - 1) / stride) + 1 for each (recipes.lengths.conv_out_length)"],
             0.98,
             where="encoder",

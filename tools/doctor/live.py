@@ -44,28 +44,6 @@ def run_folder(trainer) -> Path | None:
     return Path(trainer.default_root_dir) if trainer.default_root_dir else None
 
 
-def other_labels(checkpoint: dict, labels: list[str]) -> list[Finding]:
-    """A finding where the checkpoint that a run goes on from had the model's labels in another order, or others."""
-    saved = checkpoint.get("hyper_parameters") or {}
-    saved = saved.get("cfg", saved)  # NeMo's
-    decoder = saved.get("decoder") or {}
-    before = [str(label) for label in decoder.get("vocabulary") or saved.get("labels") or []]
-    if not before or not labels or before == labels:
-        return []
-    kind = "in another order" if sorted(before) == sorted(labels) else f"{len(before)} others"
-    differ = [i for i in range(min(len(before), len(labels))) if before[i] != labels[i]]
-    return [Finding(
-        "label-order", "prevents",
-        f"The checkpoint that this run goes on from was trained with labels {kind}: where it says "
-        f"{before[differ[0]]!r}, {labels[differ[0]]!r} is written now." if differ else
-        f"The checkpoint that this run goes on from was trained with {len(before)} labels; now there are {len(labels)}.",
-        "The weights of the decoder belong to label numbers, not to letters: what had been learned is read as other "
-        "letters, and has to be unlearned.",
-        {"labels that differ": len(differ), "in the checkpoint": before[:40], "now": labels[:40]},
-        ["model.labels in the order of the checkpoint's hyper_parameters; or start anew, in another folder"], 0.95,
-        where="model.labels")]
-
-
 def optimizer_findings(trainer, model) -> list[Finding]:
     """Parameters that should be trained and are in no optimizer, and those that are frozen."""
     held = {id(p) for optimizer in trainer.optimizers for group in optimizer.param_groups for p in group["params"]}

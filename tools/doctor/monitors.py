@@ -13,6 +13,7 @@ from tools.doctor.registry import NotExamined, check
 FALLS, RISES = ("loss", "wer", "cer", "error"), ("acc", "bleu", "f1")
 # Lightning's EarlyStopping.
 STOPPED = re.compile(r"Monitored metric (\S+) did not improve in the last (\d+) records\. Best score: ([-\d.einfa]+?)\.? Signaling")
+SAVED = re.compile(r"(EarlyStopping|ModelCheckpoint)\{'monitor': '([^']+)', 'mode': '(min|max)'")  # in a checkpoint
 HIGHER = 1.02  # a best score by the lowest that was seen, from which on it is not the lowest
 
 
@@ -70,13 +71,23 @@ def monitors_of(trainer) -> list[Finding]:
 
 
 @check("run", faults=("monitor-reversed",), needs=("run",))
-def stopped_while_it_got_better(subject):
-    """A run that was stopped early was stopped because it no longer got better."""
+def watched_the_right_way(subject):
+    """What the run watched, to stop or to keep its best, went the way that is better."""
+    from tools.doctor.checkpoints import callbacks_of, find
     from tools.doctor.explain import trace_of
 
+    saved = [SAVED.match(name) for path in [p for p in find(subject.run) if p.suffix == ".ckpt"][-1:]
+             for name in callbacks_of(path)]
+    told = [turned_round("early stopping" if match[1] == "EarlyStopping" else "the best checkpoint", match[2], match[3],
+                         f"{match[1]}(mode=...)") for match in saved if match]
+    if any(told):
+        yield from (finding for finding in told if finding is not None)
+        return
     trace = trace_of(subject)
     stops = [match for _, line in trace.messages if (match := STOPPED.search(line))]
     if not stops:
+        if not any(saved):
+            raise NotExamined("neither a checkpoint nor a log says what was watched")
         return
     monitor, records, best = stops[-1][1], int(stops[-1][2]), float(stops[-1][3])
     seen = [value for _, value in trace.get(monitor)]

@@ -34,6 +34,22 @@ FIX = [
     "listen to the utterances named; build the manifest again, joining audio and text by utterance id, not by position",
     "for LibriSpeech: python -m manifests.librispeech reads both from the same tree",
 ]
+# (how the symptom goes on, cause, changes, whether the words said are the true ones, written otherwise)
+WRITTEN = (
+    (": they are the same, written backwards",
+     "Letters stand from the last to the first, and audio runs from the first to the last: CTC cannot turn them round.",
+     ["turn the texts round again: text[::-1]"],
+     lambda said, true: "".join(said) == "".join(true)[::-1] and said != true),
+    (": they are the same, spelt letter by letter",
+     "A space stands between all letters, as in fairseq's .ltr files: half of all labels are spaces that nobody speaks, "
+     "and targets are twice as long.",
+     ["take the spaces between letters out, and write a space where the file has |"],
+     lambda said, true: "".join(said) == "".join(true) and len(said) > 2 * len(true)),
+    (": they are the same, without the spaces between words",
+     "Words cannot be told apart: what is learned is right by letters, and its word error rate stays near 100 %.",
+     ["keep the spaces: one between two words"],
+     lambda said, true: "".join(said) == "".join(true) and 2 * len(said) <= len(true)),
+)
 
 
 @check("pairs", faults=("data-mismatched-text",), needs=("manifests",))
@@ -55,18 +71,20 @@ def transcripts_beside_audio(subject):
         shift = max(set(shifts), key=shifts.count) if shifts else 0
         shifted = bool(shifts) and shifts.count(shift) > 0.5 * len(wrong)
         row = rows[wrong[0][0]]
+        how, cause, fix = next((told for told in WRITTEN if sum(told[3](said, true) for _, said, true in wrong)
+                                > 0.8 * len(wrong)), ("", CAUSE, FIX, None))[:3]
         yield Finding(
             "data-mismatched-text",
             "prevents" if role == "train" and share >= 0.3 else "warning",
-            f"{len(wrong)} of {len(pairs)} texts of {role} are not those of the transcripts beside the audio"
+            f"{len(wrong)} of {len(pairs)} texts of {role} are not those of the transcripts beside the audio{how}"
             + (f": they stand {abs(shift)} line{'s' * (abs(shift) != 1)} too {'early' if shift > 0 else 'late'}"
                if shifted else "")
             + ".",
-            CAUSE,
+            cause,
             {"pairs": len(pairs), "wrong": len(wrong), "share": round(share, 4), "first line": row["_at"],
              "manifest says": row["text"][:100], "transcript says": " ".join(wrong[0][2])[:100],
              **({"lines shifted by": shift} if shifted else {})},
-            FIX,
+            fix,
             1.0,
             where=row["_at"],
         )

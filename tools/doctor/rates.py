@@ -14,6 +14,7 @@ TINY_UPDATE, HUGE_UPDATE = 1e-6, 0.1  # of the weights' size in one step, as a r
 LEAP = 0.5  # and once, among the first
 HIGH_RATE = 2e-2  # of an Adam whose run is stuck
 NO_RATE = 0.05  # of an Adam: nothing trains at it, whatever the model
+DROP, SMALL = 0.55, 0.02  # a rate by the one before that is a drop, and by the highest that is next to nothing
 ROSE = 1.5  # loss at the end by loss at the start, of a run that has only become worse
 
 
@@ -48,6 +49,20 @@ def _too_low(trace: Trace, curve, rates, plots) -> list[Finding]:
     if still_rising(rates) and nearly_over and curve is not None and not curve.learned and trace.last_step >= 50:
         what = f"The learning rate was still rising at the last step, {rates[-1][0]}"
         return [_warmup(trace, what, 0.75, plots, peak)]
+    drops = [(a, b, step) for (_, a), (step, b) in zip(rates, rates[1:]) if 0 <= b < DROP * a]
+    # Of a loss of unknown unit the validation's error rate says that nothing was learned.
+    waits = curve is not None and (curve.learned is False or curve.learned is None and bool(trace.values("val_wer")))
+    if len(drops) >= 2 and rates[-1][1] < SMALL * peak and waits and len({v for _, v in rates}) <= len(drops) + 3:
+        return [Finding(
+            "lr-too-low", "prevents",
+            f"The learning rate was cut from {peak:.2g} to {rates[-1][1]:.2g} in {len(drops)} drops, the first at step "
+            f"{drops[0][2]}, before the model had begun to learn.",
+            "A schedule that waits for a metric to fall (ReduceLROnPlateau) takes the start-up plateau for the end: a word "
+            "error rate stays at 1.0, or above, for some epochs before it falls. Now nothing moves any more.",
+            {"highest rate": peak, "rate at the end": rates[-1][1], "drops at steps": [step for *_, step in drops][:8]},
+            ["a schedule by steps: CosineAnnealing with warmup_steps of a tenth of the run",
+             "or a patience of several epochs, and val_loss for the monitor"], 0.85,
+            where=trace.key("model.optim.sched"), plots=plots)]
     # In a warm-up the first steps move nothing, and are meant to.
     updates = [v for s, v in trace.get("update") if s > (trace.warmup or 0) and math.isfinite(v) and v >= 0]
     if len(updates) >= 3 and median(updates) < TINY_UPDATE and trace.last_step >= 50 and not still_rising(rates):

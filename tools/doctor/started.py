@@ -10,6 +10,8 @@ from tools.doctor.opening import build, does_not_build, restore, unreadable
 from tools.doctor.subject import Subject
 
 KEY = "init_from_nemo_model"
+HEARS = ("sample_rate", "features", "window_size", "window_stride", "window", "n_fft", "normalize", "log", "frame_splicing",
+         "lowfreq", "highfreq", "mag_power", "preemph")  # of a preprocessor: what decides how its features look
 FEW = 0.5  # share of the model's values that the weights give, below which it is said
 
 
@@ -71,11 +73,13 @@ def _taken_over(model, other, path: str) -> list[Finding]:
              "anew", "or the tokenizer (labels) of that model"] if tail else ["the sizes of the model that the weights "
                                                                               "are of"]).finding]
     model.load_state_dict({name: given[name] for name in shared}, strict=False)
+    own_cfg, given_cfg = ((getattr(each, "cfg", None) or {}).get("preprocessor") for each in (model, other))
+    found = other_features(own_cfg, given_cfg, path)
     own = {name: value for name, value in own.items() if not name.startswith(("preprocessor.", "spec_augmentation."))}
     share = sum(own[name].numel() for name in shared if name in own) / max(sum(v.numel() for v in own.values()), 1)
     if share >= FEW:
-        return []
-    return [Finding(
+        return found
+    return [*found, Finding(
         "weights-not-taken", "warning", f"Of this model's values {share:.0%} come from {path}: the rest starts anew.",
         "NeMo takes over what has the same name and says nothing of the rest. Another class or another version names "
         "its parts otherwise.",
@@ -83,3 +87,21 @@ def _taken_over(model, other, path: str) -> list[Finding]:
          "names of it that this model lacks": [n for n in given if n not in own][:5]},
         ["use the configuration that is in the .nemo, or restore the model itself (ASRModel.restore_from)"], 0.9,
         where=KEY)]
+
+
+def other_features(own, given, path: str) -> list[Finding]:
+    """A finding where two sections `preprocessor` make other features of the same audio; what one leaves out is not
+    known of it."""
+    if not own or not given:
+        return []
+    differ = {key: f"{given[key]} there, {own[key]} here" for key in HEARS
+              if key in own and key in given and own[key] != given[key]}
+    if not differ:
+        return []
+    return [Finding(
+        "features-bad", "warning",
+        f"The weights were trained with other features: {', '.join(f'{key} {values}' for key, values in differ.items())}.",
+        "To the weights that are taken over these features are of another scale, time or pitch: what they know does not fit, "
+        "and running statistics are those of other numbers.",
+        differ, [f"model.preprocessor.{key}={'null' if given[key] is None else given[key]}" for key in differ], 0.95,
+        where="model.preprocessor")]

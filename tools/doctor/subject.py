@@ -61,6 +61,8 @@ class Subject:
         needs_model = needs_model or self.given_config is None and bool(set(families) & OF_CONFIGS)
         if needs_model and self.wants_model:
             self._open_model()
+        # Where importing and opening has taken more than half of the budget, half is left for what was asked.
+        self.seconds += max(0.5 * self.seconds - self.seconds_left(), 0.0)
 
     def _no_run(self) -> str | None:
         """Why the run's folder cannot be looked into, as a sentence."""

@@ -8,7 +8,7 @@ Shapes: B batch, S targets, T output frames, V labels.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -28,15 +28,18 @@ class Batch:
     """A batch of the model's validation, how many words are in its texts, and how many frames each target is given.
 
     spoken: True where the outputs are to spell the targets, False where they are to be blanks alone.
+    behind: True where the frames behind the length of an output are to be a letter, which nobody may read.
     """
 
     given: tuple[Tensor, ...]
     words: int
     spoken: bool
     held: int = FRAMES - 1
+    behind: bool = False
 
 
-@check("validation", faults=("metric-averaged", "metric-not-collapsed", "metric-normalisation"), needs=("model",))
+@check("validation", faults=("metric-averaged", "metric-not-collapsed", "metric-normalisation", "length-ignored"),
+       needs=("model",))
 def rate_of_known_outputs(subject):
     """The validation's WER of outputs that are known: 0 where they spell the texts, over batches the sum's."""
     probe = subject.probe
@@ -56,6 +59,10 @@ def rate_of_known_outputs(subject):
         if rate > 0.01:
             whole.held = 1
             yield _not_zero(rate, _rate(_step(probe, whole)))
+            return
+        read = _rate(_step(probe, replace(whole, behind=True)))
+        if read is not None and read > 0.01:
+            yield _reads_behind(read)
             return
         reported = _over_all(model, [right, wrong])
     if reported is None or _rate(wrong) is None:
@@ -84,6 +91,18 @@ def _not_zero(rate: float, without_repeats: float | None) -> Finding:
         where="validation_step")
 
 
+def _reads_behind(rate: float) -> Finding:
+    return Finding(
+        "length-ignored", "warning",
+        "Of outputs that spell the references, with a letter on the frames behind each length, the model's validation "
+        f"reports a WER of {rate:.1%}: it reads the padding.",
+        "The decoder is given all frames of the batch, or no lengths. What an untrained or unmasked model writes on padding "
+        "counts as errors, the more the more the lengths in a batch differ.",
+        {"WER of right outputs": round(rate, 4)},
+        ["pass the encoder's lengths on: decoder_lengths=encoded_len, predictions_lengths=encoded_len"], 0.9,
+        where="validation_step")
+
+
 def _batch(probe, given: tuple[Tensor, ...], frames: Tensor, spoken: bool) -> Batch:
     """The batch given, its targets cut to what can be spelled in so many frames (B)."""
     audio, audio_lengths, targets, sizes = given
@@ -109,6 +128,8 @@ def _step(probe, batch: Batch):
         for row, size in enumerate(batch.given[3].tolist()) if batch.spoken else ():
             labels = _spelled(batch.given[2][row, :size].tolist(), blank, batch.held)[: best.shape[1]]
             best[row, : len(labels)] = torch.tensor(labels, device=out.device)
+            if batch.behind:
+                best[row, int(frames[row]) :] = max(batch.given[2][row, 0], 1 % blank)
         out = torch.full_like(out, -20.0).scatter_(2, best[:, :, None], 0.0).log_softmax(dim=-1)
         return (out, frames, best, *rest[1:])
 

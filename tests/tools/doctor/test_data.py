@@ -293,6 +293,33 @@ def test_texts_in_another_language(texts, lang, found):
             f"At least {found[0]} of {len(rows)} texts of train are {found[1]}, the others {found[2]}")
 
 
+@pytest.mark.parametrize("change, said", [
+    (lambda text: text, None), (lambda text: text[::-1], "written backwards"), (" ".join, "are single letters"),
+    (lambda text: " ".join(text.replace(" ", "|")), "are single letters"), (str.upper, None),
+])
+def test_texts_that_are_no_words(change, said):
+    rows = [{"text": change(text), "audio_filepath": "a.wav", "_at": f"t:{i}"} for i, text in enumerate(ENGLISH * 20)]
+    found = list(languages.texts_are_words(SimpleNamespace(rows={"train": rows})))
+    assert [f.id for f in found] == ["data-mismatched-text"] * bool(said)
+    assert not said or said in found[0].symptom
+
+
+@pytest.mark.parametrize("change, said", [
+    (lambda text: text[::-1], "the same, written backwards"), (" ".join, "the same, spelt letter by letter"),
+    (lambda text: text.replace(" ", ""), "without the spaces between words"), (lambda text: "other " + text[3:], None),
+])
+def test_texts_beside_the_audio_written_otherwise(audio, tmp_path, change, said):
+    (tmp_path / "all.trans.txt").write_text("".join(f"{r['utterance']} {r['text'].upper()}\n" for r in audio))
+    rows = []
+    for row in audio:
+        path = tmp_path / f"{row['utterance']}.wav"
+        path.symlink_to(row["audio_filepath"])
+        rows.append({**row, "audio_filepath": str(path), "text": change(row["text"])})
+    found = [f for f in ids(tmp_path, rows, families=["pairs"]).findings if "transcripts beside" in f.symptom]
+    assert (said is None) == (not found or not any(w in found[0].symptom for w in ("the same,",)))
+    assert said is None or said in found[0].symptom and found[0].fix[0] not in pairs.FIX
+
+
 def test_audio_under_another_name_by_a_link_is_the_same_audio(audio, tmp_path):
     link = tmp_path / "other.wav"
     link.symlink_to(audio[0]["audio_filepath"])

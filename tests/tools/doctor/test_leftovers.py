@@ -12,6 +12,9 @@ from tests.tools.doctor.setups import live, models, written
 from tools.doctor.delivered import Delivered
 from tools.doctor.engine import examine
 from tools.doctor.monitors import monitors_of, turned_round
+from tools.doctor.rates import learning_rate
+from tools.doctor.started import other_features
+from tools.doctor.trace import Trace
 from tools.doctor.trials import left_from_a_trial
 
 
@@ -111,6 +114,22 @@ def test_a_run_that_was_stopped_while_it_got_better(tmp_path):
     assert "fallen to 0.4" in report.findings[0].symptom
 
 
+def test_what_a_run_watched_is_in_its_checkpoint(tmp_path):
+    (tmp_path / "metrics.csv").write_text("step,train_loss,val_wer\n" + "".join(f"{3 * e},5.{9 - e},1.0\n" for e in range(1, 4)))
+    callbacks = {"EarlyStopping{'monitor': 'val_wer', 'mode': 'max'}": {"wait_count": 2}}
+    torch.save({"state_dict": {"w": torch.ones(2)}, "global_step": 9, "callbacks": callbacks}, tmp_path / "last.ckpt")
+    found = examine(run=tmp_path).findings[0]
+    assert (found.id, found.weight) == ("monitor-reversed", "prevents") and "EarlyStopping" in found.where
+
+
+@pytest.mark.parametrize("changed", [{}, {"normalize": None}, {"window_stride": 0.0125}])
+def test_weights_of_other_features(changed):
+    own = {"normalize": "per_feature", "window_stride": 0.01, "dither": 1e-5}
+    found = other_features({**own, "dither": 0.0, **changed}, own, "other.nemo")
+    assert [f.id for f in found] == ["features-bad"] * bool(changed)
+    assert not changed or found[0].fix == [f"model.preprocessor.{key}={own[key]}" for key in changed]
+
+
 class Rectified(ConvASRDecoder):
     def forward(self, encoder_output):
         return self.decoder_layers(encoder_output).transpose(1, 2).relu().log_softmax(-1)
@@ -159,3 +178,30 @@ def test_energies_without_logarithm_are_as_many_as_they_are(tmp_path):
     """Only loud frames show in them, whatever stretch is changed: it was taken for frames that are not heard."""
     report = examine(**live(tmp_path, "rnn", preprocessor=models.preprocessor(log=False)), families=["features"])
     assert "length-mismatch" not in report.ids and torch.is_grad_enabled()
+
+
+def steps(rates, loss=2.9, every=3):
+    trace = Trace(ended=True, loss_unit="character")
+    for k, rate in enumerate(rates):
+        trace.add("lr", k * every, rate)
+        trace.add("loss", k * every, loss)
+    return trace
+
+
+@pytest.mark.parametrize("rates,low", [
+    ([1e-3] * 4 + [1e-4] * 4 + [1e-5] * 4 + [1e-6] * 4, True),
+    ([1e-3] * 16, False), ([1e-3] * 8 + [1e-4] * 8, False),  # one drop is no end
+    ([1e-3 * (1 - k / 40) for k in range(40)], False),
+])
+def test_a_rate_that_is_cut_on_the_start_up_plateau(rates, low):
+    found = [f for f in learning_rate(steps(rates)) if f.id == "lr-too-low"]
+    assert bool(found) is low
+    assert not low or "before the model had begun" in found[0].symptom
+
+
+def test_a_rate_that_is_cut_when_the_model_has_learned():
+    trace = steps([1e-3] * 12 + [1e-4] * 12 + [1e-5] * 12)
+    trace.series["loss"] = []
+    for k in range(36):
+        trace.add("loss", 3 * k, max(3.0 - 0.2 * k, 0.2))
+    assert not [f for f in learning_rate(trace) if f.id == "lr-too-low"]

@@ -4,14 +4,14 @@ import copy
 
 import pytest
 import torch
-from lightning.pytorch import Callback
+from lightning.pytorch import Callback, Trainer
 from nemo.collections.asr.models import EncDecCTCModel
 
 from tests.tools.doctor.faults.average_copied_back import Average
 from tests.tools.doctor.setups import models, tones
 from tests.tools.doctor.setups.runs import fit
 from tools.doctor import Doctor
-from tools.doctor.live import other_labels
+from tools.doctor.resumed import other_labels
 
 
 @pytest.fixture(scope="module")
@@ -53,6 +53,14 @@ class StepsByItself(EncDecCTCModel):
             optimizer.zero_grad()
 
 
+class StopsAt(Callback):
+    def __init__(self, step):
+        self.step = step
+
+    def on_train_batch_end(self, trainer, *_):
+        trainer.should_stop = trainer.global_step >= self.step
+
+
 class Uphill(EncDecCTCModel):
     """An optimizer of its own, that goes up."""
 
@@ -77,6 +85,29 @@ class Momentum(EncDecCTCModel):
 def test_momentum_goes_down_all_the_same(given, tmp_path):
     doctor, _ = trained(given, tmp_path, cls=Momentum, steps=60)
     assert len(doctor.trace.values("downhill")) > 5 and "step-uphill" not in doctor.report().ids
+
+
+@pytest.mark.parametrize("own_steps, found", [(12, True), (200, False)])
+def test_a_schedule_that_was_over_when_the_run_went_on(given, tmp_path, own_steps, found):
+    def model():
+        sched = {"name": "CosineAnnealing", "warmup_steps": 2, "min_lr": 0.0}
+        optim = {"name": "adamw", "lr": 1e-3, "sched": sched}
+        return models.build(models.section("rnn", given, width=32, optim=optim, **models.datasets(given, batch_size=8)))
+
+    first, settings = model(), {"accelerator": "cpu", "logger": False, "enable_checkpointing": False, "limit_val_batches": 0,
+                                "enable_progress_bar": False, "enable_model_summary": False, "num_sanity_val_steps": 0}
+    trainer = Trainer(max_steps=own_steps, callbacks=[StopsAt(12)], **settings)
+    first.set_trainer(trainer)
+    first.setup_training_data(first.cfg.train_ds)
+    trainer.fit(first)
+    trainer.save_checkpoint(tmp_path / "first.ckpt")
+    second, doctor = model(), Doctor(folder=tmp_path / "run")
+    second.setup_training_data(second.cfg.train_ds)
+    trainer = Trainer(max_steps=100, callbacks=[doctor, StopsAt(14)], **settings)
+    second.set_trainer(trainer)
+    trainer.fit(second, ckpt_path=tmp_path / "first.ckpt")
+    said = [f for f in doctor.report().findings if f.id == "lr-too-low"]
+    assert bool(said) is found and (not found or "goes on from step 12" in said[0].symptom)
 
 
 def test_a_trial_left_in_the_trainer(given, tmp_path):

@@ -41,6 +41,19 @@ class Stuttering(EncDecCTCModel):
         self.validation_step_outputs.append({"val_wer": torch.tensor(wrong / sum(len(t.split()) for t in spelt))})
 
 
+class ReadsPadding(EncDecCTCModel):
+    """Which decodes all frames of a batch."""
+
+    def validation_pass(self, batch, batch_idx, dataloader_idx=0):
+        audio, audio_lengths, targets, sizes = batch
+        out, frames, _ = self.forward(input_signal=audio, input_signal_length=audio_lengths)
+        self.wer.update(predictions=out, targets=targets, targets_lengths=sizes,
+                        predictions_lengths=torch.full_like(frames, out.shape[1]))
+        rate, wrong, words = self.wer.compute()
+        self.wer.reset()
+        return {"val_wer_num": wrong, "val_wer_denom": words, "val_wer": rate}
+
+
 def judge(given, cls=None, **changes):
     section = models.section("conv", given, **changes)
     model = models.build(section, **({"cls": cls} if cls else {}))
@@ -57,14 +70,15 @@ def given(tmp_path_factory):
 
 @pytest.mark.parametrize("cls, expected", [
     (None, []), (Averaged, ["metric-averaged"]), (InCapitals, ["metric-normalisation"]),
-    (Stuttering, ["metric-not-collapsed"]),
+    (Stuttering, ["metric-not-collapsed"]), (ReadsPadding, ["length-ignored"]),
 ])
 def test_the_rate_of_known_outputs(given, cls, expected):
     report = judge(given, cls)
     assert report.ids == expected, report.not_examined
     assert all(finding.weight == "warning" for finding in report.findings)
-    assert {"metric-averaged", "metric-not-collapsed", "metric-normalisation"} - set(expected) >= set(report.ruled_out)
-    assert expected or len(report.ruled_out) == 3
+    known = {"metric-averaged", "metric-not-collapsed", "metric-normalisation", "length-ignored"}
+    assert known - set(expected) >= set(report.ruled_out)
+    assert expected or len(report.ruled_out) == 4
 
 
 def test_the_mean_and_the_sum_are_told(given):
