@@ -17,7 +17,8 @@ from tools.doctor.registry import NotExamined, check
 # over the third training diverges. Published: AdamW-like 1e-4 to 5e-3 (AlgoPerf), NovoGrad 0.01 to 0.05 (QuartzNet,
 # Citrinet).
 RANGES = {
-    "novograd": (1e-4, 0.2, 1.0), "sgd": (1e-5, 1.0, 10.0), "lion": (3e-6, 3e-3, 0.02), "adafactor": (1e-5, 0.1, 1.0)
+    "novograd": (1e-4, 0.2, 1.0), "sgd": (1e-5, 1.0, 10.0), "lion": (3e-6, 3e-3, 0.02), "adafactor": (1e-5, 0.1, 1.0),
+    "adadelta": (1e-2, 2.0, 20.0), "adagrad": (1e-4, 0.1, 1.0),  # torch's own defaults are 1 and 0.01
 }
 ADAM_LIKE = (2e-5, 1e-2, 0.05)
 USUAL_EPOCHS = 100  # where nothing says how many a run will have

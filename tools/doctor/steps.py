@@ -17,7 +17,8 @@ UPHILL = 0.1  # cosine between the way and the gradient, from which on it goes u
 USUAL_EPS = 1e-8
 ARRIVES = 0.1  # share of a step with the usual eps, under which eps is said
 FAR = 1.0  # of the weights: a single step that changes them so far throws away what they were
-NOTHING = 1e-3  # of the weights: as far as a whole run moves them, where they cannot learn
+NOTHING = 0.03  # of the weights: as far as a whole run moves them, where they cannot learn; usual are 0.3 and more
+TRIAL = 200  # steps of a run that may well be a trial
 
 
 @check("optimizer", faults=("step-uphill", "lr-too-low", "lr-too-high"), needs=("config", "model"))
@@ -72,7 +73,7 @@ def steps_go_down(subject):
         reach = steps * _norm(last) / max(_norm(weights), 1e-30)
         if reach < NOTHING:
             yield Finding(
-                "lr-too-low", "prevents",
+                "lr-too-low", "prevents" if steps >= TRIAL else "warning",
                 f"In the run's {steps} steps the weights can move by {reach:.2g} of their size at the most.",
                 "All steps with one gradient, at the highest rate, would leave them where they are: rate, limit of "
                 "gradients and optimizer together make next to no step.",

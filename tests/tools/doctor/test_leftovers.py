@@ -44,10 +44,17 @@ def test_optimizers_as_they_are_used(tmp_path, name, rate):
     assert "step-uphill" in report.ruled_out
 
 
-def test_a_run_too_short_and_too_slow_to_move_anything(tmp_path):
-    made = written(tmp_path, "rnn", trainer={"max_steps": 60}, optim={"name": "sgd", "lr": 2e-5, "sched": None})
+@pytest.mark.parametrize("steps, weight", [(60, "warning"), (300, "prevents")])
+def test_a_run_too_short_and_too_slow_to_move_anything(tmp_path, steps, weight):
+    made = written(tmp_path, "rnn", trainer={"max_steps": steps}, optim={"name": "sgd", "lr": 2e-5, "sched": None})
     found, _ = first(made, "optimizer")
-    assert (found.id, found.weight) == ("lr-too-low", "prevents") and "of their size" in found.symptom
+    assert (found.id, found.weight) == ("lr-too-low", weight) and "of their size" in found.symptom
+
+
+def test_adadelta_at_the_rate_of_adam(tmp_path):
+    made = written(tmp_path, "rnn", optim={"name": "adadelta", "lr": 1e-4, "sched": None})
+    found, _ = first(made, "schedule")
+    assert (found.id, found.weight) == ("lr-too-low", "prevents")
 
 
 def test_two_batches_of_twelve(tmp_path):
