@@ -27,6 +27,7 @@ LONGEST = 20.0  # seconds read of each
 SILENT, QUIET, LOUD = 3e-4, 3e-3, 1.05  # peak amplitudes, full scale is 1
 CLIPPED = 1e-3  # share of samples that lie on a flat top
 MANY = 0.2
+WHITE, ALIKE, HISSES, SHORTEST = 0.42, 3.0, 0.08, 0.4  # of white, dB of spread, of white, seconds; measured in noise.py
 INTEGERS = 8.0  # a peak that no codec, resampler or gain explains: samples that were never divided
 OFF = 0.05  # seconds between a row's duration and its audio's, as the validator takes it for single files
 FAR, FAR_SHARE, ROUNDED = 0.5, 0.1, 0.1  # seconds, share of the audio, seconds: see far_off
@@ -38,10 +39,11 @@ def far_off(off: float, seconds: float) -> bool:
 
 
 def sampled_audio(subject: Subject) -> list[dict]:
-    """Figures of the utterances drawn: role, at, file, peak, rms, mean, flat, spread, high; made once.
+    """Figures of the utterances drawn: role, row, at, file, peak, rms, mean, flat, spread, high, white; made once.
 
     flat: share of samples in runs of 3 or more at the largest amplitude; spread: dB between loud and quiet frames;
-    high: share of energy above 55 % of the highest frequency; finite. Raises NotExamined where none can be read.
+    high: share of energy above 55 % of the highest frequency; white: see whiteness; finite; seconds.
+    Raises NotExamined where none can be read.
     """
     if not hasattr(subject, "_audio_figures"):
         figures = []
@@ -49,7 +51,7 @@ def sampled_audio(subject: Subject) -> list[dict]:
             for row in drawn_rows(subject, role):
                 found = measure(row)
                 if found is not None:
-                    figures.append({"role": role, "at": row["_at"], "file": row["audio_filepath"], **found})
+                    figures.append({"role": role, "row": row, "at": row["_at"], "file": row["audio_filepath"], **found})
         subject._audio_figures = figures
     if not subject._audio_figures:
         drawn = [row for role in SAMPLED for row in drawn_rows(subject, role)]
@@ -78,15 +80,26 @@ def opened(row: dict) -> soundfile.SoundFile:
     return soundfile.SoundFile(io.BytesIO(read_shard(path, row)) if is_sharded(row) else path)
 
 
-def measure(row: dict) -> dict | None:
-    """Figures of one utterance's samples (see sampled_audio); None where it cannot be read."""
+def read(row: dict) -> tuple[np.ndarray, int] | None:
+    """(samples of up to LONGEST s, rate) of one utterance, mono; None where it cannot be read."""
     try:
         with opened(row) as file:
             rate = file.samplerate
             file.seek(round(row.get("offset", 0) * rate))
             x = file.read(round(min(row["duration"], LONGEST) * rate), dtype="float32", always_2d=True).mean(axis=1)
+            return x, rate
     except (RuntimeError, OSError, ValueError):
         return None
+
+
+def measure(row: dict) -> dict | None:
+    """Figures of one utterance's samples (see sampled_audio); None where it cannot be read."""
+    found = read(row)
+    return None if found is None else measured(*found)
+
+
+def measured(x: np.ndarray, rate: int) -> dict | None:
+    """Figures of samples; None for fewer than a frame."""
     if len(x) < 400:
         return None
     finite = bool(np.isfinite(x).all())
@@ -98,15 +111,23 @@ def measure(row: dict) -> dict | None:
     edges = np.flatnonzero(np.diff(at_top))
     runs = edges[1::2] - edges[::2]
     frames = x[: len(x) // 400 * 400].reshape(-1, 400)
-    level = 10 * np.log10((frames**2).mean(axis=1) + 1e-20)
+    level = 10 * np.log10(frames.var(axis=1) + 1e-20)  # a constant offset is no sound
     spectrum = np.abs(np.fft.rfft(frames * np.hanning(400), axis=1)) ** 2
     total = float(spectrum[:, 2:].sum())
     return {
         "peak": peak, "rms": float(np.sqrt((x**2).mean())), "mean": float(x.mean()), "finite": finite,
+        "seconds": len(x) / rate,
         "flat": float(runs[runs >= 3].sum() / len(x)),
         "spread": float(np.percentile(level, 95) - np.percentile(level, 10)),
         "high": float(spectrum[:, int(0.55 * 200):].sum() / total) if total > 0 else 0.0, "rate": rate,
+        "white": whiteness(spectrum[level >= max(np.percentile(level, 70), level.max() - 25)]),
     }
+
+
+def whiteness(spectrum: np.ndarray) -> float:
+    """Geometric by arithmetic mean of the power (frames, frequencies), median over frames; 0.56 for white noise."""
+    power = spectrum[:, 2:-2] + 1e-30
+    return float(np.median(np.exp(np.log(power).mean(axis=1)) / power.mean(axis=1)))
 
 
 def same_audio(rows: list[dict], others: list[dict] | None = None) -> list[tuple[dict, dict]]:
@@ -159,7 +180,7 @@ def _digest(row: dict) -> bytes:
         return hashlib.sha1(file.read()).digest()
 
 
-def _hit(figures: list[dict], test) -> dict[str, list[dict]]:
+def by_role(figures: list[dict], test) -> dict[str, list[dict]]:
     """Role -> figures that pass `test`, roles without any left out."""
     found: dict[str, list[dict]] = {}
     for figure in figures:
@@ -174,7 +195,17 @@ def _is_silent(figure: dict) -> bool:
                                  or figure["rms"] < 1e-7)
 
 
-def _report(
+def is_noise(figure: dict) -> bool:
+    """Whether there is sound in it, and none of it can be speech: what is loudest is white, or all is alike and hisses.
+
+    Speech has pauses and syllables, and what is loudest in it are vowels, whose spectrum falls.
+    """
+    if not figure["finite"] or figure["seconds"] < SHORTEST or _is_silent(figure):
+        return False
+    return figure["white"] > WHITE or (figure["spread"] < ALIKE and figure["white"] > HISSES)
+
+
+def findings_of(
     subject, hits, figures, fault, symptom, cause, fix, least=MANY, key="peak", confidence=0.95, top="prevents"
 ):
     """One finding a role: "prevents" from a share of `least` of the training utterances drawn."""
@@ -206,8 +237,8 @@ def _histogram(figures, role, key) -> Plot:
 def silence(subject):
     """Audio holds sound."""
     figures = sampled_audio(subject)
-    yield from _report(
-        subject, _hit(figures, _is_silent), figures, "data-silence", "hold no sound",
+    yield from findings_of(
+        subject, by_role(figures, _is_silent), figures, "data-silence", "hold no sound",
         "The files were written empty, or the wrong channel or part was cut out; the model is taught that silence "
         "means "
         "words.",
@@ -219,9 +250,9 @@ def silence(subject):
 def clipping(subject):
     """Audio is not clipped."""
     figures = sampled_audio(subject)
-    yield from _report(
-        subject, _hit(figures, lambda f: f["flat"] > CLIPPED and not _is_silent(f)), figures, "data-clipped",
-        "are clipped (their waves have flat tops)",
+    yield from findings_of(
+        subject, by_role(figures, lambda f: f["flat"] > CLIPPED and not _is_silent(f) and not is_noise(f)), figures,
+        "data-clipped", "are clipped (their waves have flat tops)",
         "They were recorded or scaled too loud: all above full scale is cut off, which adds sounds that were not "
         "spoken. A little of it does little harm, much of it hides the speech.",
         ["write them again from the originals with a lower gain; do not multiply samples beyond 1.0"],
@@ -233,15 +264,15 @@ def clipping(subject):
 def scale(subject):
     """Samples lie between -1 and 1, and use that range."""
     figures = sampled_audio(subject)
-    huge = _hit(figures, lambda f: f["peak"] > INTEGERS)
-    above = _hit(figures, lambda f: f["peak"] > LOUD)
-    yield from _report(
+    huge = by_role(figures, lambda f: f["peak"] > INTEGERS)
+    above = by_role(figures, lambda f: f["peak"] > LOUD)
+    yield from findings_of(
         subject, huge, figures, "data-scale", "have samples far outside -1 to 1",
         "Integers were stored as floats without dividing by 32768. Features then lie far from those of other audio, "
         "and dither and the floor of the logarithm mean nothing.",
         ["divide by 32768 before writing, or write 16-bit PCM (soundfile.write(..., subtype='PCM_16'))"], least=0.02,
     )
-    yield from _report(
+    yield from findings_of(
         subject, {role: hit for role, hit in above.items() if role not in huge}, figures, "data-scale",
         f"have peaks above full scale, {max((f['peak'] for hit in above.values() for f in hit), default=0):.2f} at "
         "most",
@@ -250,15 +281,15 @@ def scale(subject):
         ["nothing for peaks up to 1.3; else lower the gain, or scale such files to a peak of 1"], top="warning",
         confidence=0.8,
     )
-    yield from _report(
-        subject, _hit(figures, lambda f: f["finite"] and f["peak"] < SILENT * 3 and not _is_silent(f)), figures,
+    yield from findings_of(
+        subject, by_role(figures, lambda f: f["finite"] and f["peak"] < SILENT * 3 and not _is_silent(f)), figures,
         "data-scale", "are speech at less than a thousandth of full scale",
         "Samples were divided twice. The features' floor (2^-24 under the logarithm) and dither hide most of such "
         "speech.",
         ["write the audio again with its full range; peaks belong between 0.05 and 1"],
     )
-    offset = _hit(figures, lambda f: abs(f["mean"]) > 0.05 and abs(f["mean"]) > 0.3 * f["rms"])
-    yield from _report(
+    offset = by_role(figures, lambda f: abs(f["mean"]) > 0.05 and abs(f["mean"]) > 0.3 * f["rms"] and not is_noise(f))
+    yield from findings_of(
         subject, offset, figures, "data-scale", "have a constant offset",
         "The waveform does not swing around zero: unsigned samples were read as signed, or the recorder has a fault.",
         ["subtract the mean of each file, or read it with its true sample format"], key="mean", least=0.5,
@@ -274,7 +305,7 @@ def _no_upper_band(figure: dict) -> bool:
 def upper_band(subject):
     """Audio has the upper frequencies that its sampling rate promises."""
     figures = [figure for figure in sampled_audio(subject) if not _is_silent(figure)]
-    for role, hit in _hit(figures, _no_upper_band).items():
+    for role, hit in by_role(figures, _no_upper_band).items():
         drawn = sum(figure["role"] == role for figure in figures)
         if drawn >= 3 and len(hit) >= MANY * drawn:
             yield Finding(

@@ -24,14 +24,14 @@ from tools.doctor.finding import PAGES, Finding
 # family -> (its modules, what it needs, of which one is enough for it to be worth importing), in the order of examination.
 FAMILIES: dict[str, tuple[str, tuple[str, ...]]] = {
     "data": ("tools.doctor.data tools.doctor.twice", ("manifests",)),
-    "audio": ("tools.doctor.audio", ("manifests",)),
+    "audio": ("tools.doctor.audio tools.doctor.noise", ("manifests",)),
     "pairs": ("tools.doctor.pairs tools.doctor.languages", ("manifests",)),
     "tokenizer": ("tools.doctor.tokenizer", ("manifests", "config", "model")),
     "schedule": ("tools.doctor.schedule", ("config", "model")),
     "limits": ("tools.doctor.limits tools.doctor.trials tools.doctor.monitors", ("config",)),
     "order": ("tools.doctor.order", ("config",)),
     "outputs": ("tools.doctor.outputs", ("model",)),
-    "features": ("tools.doctor.features tools.doctor.spectrum", ("model",)),
+    "features": ("tools.doctor.features tools.doctor.spectrum tools.doctor.augmentor", ("model",)),
     "lengths": ("tools.doctor.lengths", ("model",)),
     "labels": ("tools.doctor.labels", ("model",)),
     "loss": ("tools.doctor.loss", ("model",)),
