@@ -17,6 +17,7 @@ UPHILL = 0.1  # cosine between the way and the gradient, from which on it goes u
 USUAL_EPS = 1e-8
 ARRIVES = 0.1  # share of a step with the usual eps, under which eps is said
 FAR = 1.0  # of the weights: a single step that changes them so far throws away what they were
+HARDLY = 1e-3  # of the way of others
 NOTHING = 0.03  # of the weights: as far as a whole run moves them, where they cannot learn; usual are 0.3 and more
 TRIAL = 200  # steps of a run that may well be a trial
 
@@ -54,6 +55,17 @@ def steps_go_down(subject):
                  "gradient, root mean square": _norm(gradients) / sum(g.numel() for g in gradients) ** 0.5},
                 [f"{key}.eps={USUAL_EPS:g}"], 0.9, where=f"{key}.eps")
             return
+    still = _standing(way, weights, gradients)
+    if still:
+        yield Finding(
+            "lr-too-low", "prevents",
+            f"Of {len(way)} matrices, each with a gradient, {still} hardly move in {STEPS} steps of the optimizer, by their size "
+            "less than a thousandth of what the others do.",
+            "The optimizer does not treat all parameters alike. NeMo's Adafactor writes its rate over with the rate times the size of each "
+            "parameter, one after the other: after some of them it is 0 for all the rest.",
+            {"matrices that stand still": still, "of": len(way), "optimizer": optim.get("name", "adam"), "learning rate": rate},
+            [f"{key}.name=adamw {key}.lr=1e-3", f"{key}.scale_parameter=false, for Adafactor"], 0.9, where=key)
+        return
     far = _norm(first) / max(_norm(weights), 1e-30)
     low, high, _ = lr_range(subject.settings)  # outside of it the rate itself is named, by another check
     if far > FAR and rate <= high:
@@ -81,6 +93,14 @@ def steps_go_down(subject):
                  "gradient_clip_val": subject.settings.get("trainer.gradient_clip_val")},
                 [f"{key}.lr ten or a hundred times as high", "trainer.gradient_clip_val=1.0 where it is lower"], 0.85,
                 where=f"{key}.lr")
+
+
+def _standing(way: list, weights: list, gradients: list) -> int:
+    """How many matrices move, by their size, next to nothing of what others do, and more so than by their gradients."""
+    moved, pulled = ([float(part.norm() / w.norm().clamp(min=1e-12)) for part, w in zip(parts, weights)]
+                     for parts in (way, gradients))
+    most, hardest = max(moved), max(pulled)
+    return sum(own < HARDLY * most * pull / hardest for own, pull in zip(moved, pulled) if pull > 0) if most > 0 else 0
 
 
 def _clipped(subject) -> tuple[list, list]:

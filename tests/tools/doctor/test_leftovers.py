@@ -34,14 +34,22 @@ def test_eps_far_above_the_gradients(tmp_path):
     assert found.evidence["share of a step that is made"] < 0.1 and found.fix == ["model.optim.eps=1e-08"]
 
 
-@pytest.mark.parametrize("name,rate", [("sgd", 0.1), ("adamw", 2e-3), ("novograd", 0.02), ("adan", 2e-3), ("adafactor", 1e-3)])
+@pytest.mark.parametrize("name,rate", [("sgd", 0.1), ("adamw", 2e-3), ("novograd", 0.02), ("adan", 2e-3)])
 def test_optimizers_as_they_are_used(tmp_path, name, rate):
-    extra = {"momentum": 0.9} if name == "sgd" else {"relative_step": False} if name == "adafactor" else {}
+    extra = {"momentum": 0.9} if name == "sgd" else {}
     made = written(tmp_path, "rnn", optim={"name": name, "lr": rate, "sched": {"name": "CosineAnnealing", "warmup_steps": 50},
                                            **extra})
     report = examine(**made, families=["optimizer"])
     assert not report.findings, report.findings
     assert "step-uphill" in report.ruled_out
+
+
+@pytest.mark.parametrize("scaled", [True, False])
+def test_adafactor_whose_rate_is_gone_after_some_parameters(tmp_path, scaled):
+    made = written(tmp_path, "rnn", optim={"name": "adafactor", "lr": 1e-3, "relative_step": False, "scale_parameter": scaled,
+                                           "sched": {"name": "CosineAnnealing", "warmup_steps": 50}})
+    report = examine(**made, families=["optimizer"])
+    assert [(f.id, "hardly move" in f.symptom) for f in report.findings] == [("lr-too-low", True)] * scaled
 
 
 @pytest.mark.parametrize("steps, weight", [(60, "warning"), (300, "prevents")])
