@@ -247,7 +247,7 @@ def test_rungs_go_on_where_they_were_cut_are_not_run_again_and_the_first_that_fa
 
     # Cut off by its clock, after a moment: the failure is told, and the rung above is not tried.
     short = Ladder("deepspeech2", given, out)
-    assert not climb_rungs(short, [replace(FEW, minutes=0.035), hopeless], max_steps=None)
+    assert not climb_rungs(short, [replace(FEW, minutes=0.01), hopeless], max_steps=None)
     assert [result["rung"] for result in short.results] == ["64"]
     cut = short.results[0]
     assert cut["verdict"].startswith("rung 64: CER ") and "not 25%. One batch was learned" in cut["verdict"]

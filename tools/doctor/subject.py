@@ -41,6 +41,7 @@ class Subject:
         self.given_config, self.given_model, self.given_manifests = config, model, manifests
         self.overrides, self.device_wanted = overrides, device
         self.seconds, self._begin = seconds, (time.monotonic(), time.thread_time())
+        self._granted = 0.0  # seconds, because opening a model took more than its share
         self.run = None if run is None else Path(run)
         self.settings: Settings | None = None
         self.manifests: dict[str, list[str]] = {}
@@ -62,7 +63,7 @@ class Subject:
         if needs_model and self.wants_model:
             self._open_model()
         # Where importing and opening has taken more than half of the budget, half is left for what was asked.
-        self.seconds += max(0.5 * self.seconds - self.seconds_left(), 0.0)
+        self._granted = max(0.5 * self.seconds - self.seconds_left(), 0.0)
 
     def _no_run(self) -> str | None:
         """Why the run's folder cannot be looked into, as a sentence."""
@@ -234,7 +235,7 @@ class Subject:
     def seconds_left(self) -> float:
         """Of the budget. On a machine that is shared, waiting for one's turn counts by a third only."""
         wall, own = time.monotonic() - self._begin[0], time.thread_time() - self._begin[1]
-        return self.seconds - max(own, wall / 3)
+        return self.seconds + self._granted - max(own, wall / 3)
 
 
 def spoils(row: dict[str, Any], problem: Problem) -> bool:
