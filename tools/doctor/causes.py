@@ -22,7 +22,7 @@ EFFECTS: dict[str, tuple[str, ...]] = {
         "not-log-probs", "vanishes", "no-gradient", "time-scrambled", "padding-leak", "train-eval-differ",
         "loss-wrong",
     ),
-    "time-scrambled": ("padding-leak", "norm-padding"),
+    "time-scrambled": ("padding-leak", "norm-padding", "no-gradient", "vanishes"),
     "channels-alike": ("vanishes",),
     "length-mismatch": ("data-target-too-long", "loss-wrong", "length-ignored", "padding-leak"),
     "length-ignored": ("padding-leak", "norm-padding", "length-mismatch"),

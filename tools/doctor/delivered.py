@@ -112,7 +112,9 @@ class Delivered:
 
     def _other_audio(self, known, count: int) -> list[Finding]:
         ratios = sorted(math.log(max(a, 0.01) / max(b, 0.01)) for batch in known for a, b in batch)
-        usual = ratios[len(ratios) // 2] if abs(ratios[len(ratios) // 2]) < OTHER else 0.0  # what is cut off everywhere
+        usual = ratios[len(ratios) // 2]  # what is cut off everywhere, or another rate, which the data family speaks of
+        if abs(usual) >= OTHER and sum(abs(ratio - usual) < SAME for ratio in ratios) < 0.8 * count:
+            usual = 0.0
         away = sum(abs(ratio - usual) > OTHER for ratio in ratios) / count
         fits = sum(abs(ratio) < SAME for ratio in ratios) / count
         turned = [(a, b) for batch in known for a, b in zip(*(sorted(column) for column in zip(*batch)))]

@@ -11,10 +11,11 @@ from torch import nn
 from tools.doctor.finding import Finding, Plot
 from tools.doctor.loss import call_loss
 from tools.doctor.registry import NotExamined, check
-from tools.doctor.tracing import describe, shortened, trace
+from tools.doctor.tracing import describe, first_tensor, shortened, trace
 
 TOO_LARGE = 1e4  # root mean square of activations
 FAINT = 3e-4  # share of an input's change that is left of it in a layer's output
+FEWEST, GROWS = 5, 1.7  # layers of a stack, and the factor by which the size of their outputs may not grow in most of them
 TIMES = (200, 800, 1600)  # feature frames
 
 
@@ -74,10 +75,51 @@ def signals_through_depth(subject):
         )
 
 
+@check("depth", faults=("explodes",), needs=("model",))
+def layers_add_to_what_they_are_given(subject):
+    """What goes through a stack of alike layers grows by what each adds, not by a factor."""
+    probe = subject.probe
+    left: dict[str, float] = {}
+    handles = []
+
+    def watch(name: str):
+        def hook(module, args, out) -> None:
+            left.setdefault(name, size(first_tensor(out)))
+
+        return hook
+
+    for stack, modules in probe.model.named_modules():
+        if isinstance(modules, (nn.ModuleList, nn.Sequential)) and len(modules) >= FEWEST and len({type(m) for m in modules}) == 1:
+            handles += [module.register_forward_hook(watch(f"{stack}.{i}")) for i, module in enumerate(modules)
+                        if next(module.children(), None) is not None]
+    try:
+        with probe.ready(), torch.no_grad():
+            probe.forward(*probe.features())
+    finally:
+        for handle in handles:
+            handle.remove()
+    if len(left) < FEWEST:
+        raise NotExamined(f"takes a stack of {FEWEST} layers")
+    names, sizes = list(left), list(left.values())
+    factors = [b / max(a, 1e-30) if name.rpartition(".")[0] == before.rpartition(".")[0] else 1.0
+               for before, name, a, b in zip(names, names[1:], sizes, sizes[1:])]
+    if sum(factor > GROWS for factor in factors) < max(FEWEST, 0.8 * len(factors)):
+        return
+    yield Finding(
+        "explodes", "warning",
+        f"Each of {len(factors) + 1} layers makes what it is given {min(factors):.1f} to {max(factors):.1f} times as large, from "
+        f"{sizes[0]:.2g} to {sizes[-1]:.2g}.",
+        "The residual is added twice, within the layer and around it: what a layer computes is small against what passes it by, "
+        "and the smaller the higher the layer. Of the upper layers next to nothing counts.",
+        {"size after each layer": {name: float(f"{value:.3g}") for name, value in left.items()}},
+        ["add the residual once: return x + branch(norm(x))"], 0.88, where=names[0],
+        plots=[Plot("Size of activations by layer", "layer", "root mean square", {"size": (list(range(len(sizes))), sizes)})])
+
+
 @check("depth", faults=("vanishes", "explodes"), needs=("model",))
 def gradients_through_depth(subject):
     """Gradients keep their size from the last layer to the first."""
-    from tools.doctor.gradients import backward
+    from tools.doctor.gradients import backward, parts
 
     probe = subject.probe
     with probe.ready(train=True):
@@ -93,6 +135,19 @@ def gradients_through_depth(subject):
     first, last = (max(g for _, g in part) for part in (encoder[:quarter], encoder[-quarter:]))
     plot = Plot("Gradients by depth", "weight, in order", "log10 of the root mean square",
                 {"gradient": (list(range(len(weights))), [math.log10(max(g, 1e-30)) for _, g, _ in weights])})
+    behind = max((g for name, g, _ in weights if name.startswith("decoder.")), default=0.0)
+    if not bad and first > 1e5 * last and first < 1e3 * behind:
+        idle = [name for name, g in encoder if g < 1e-5 * behind]
+        yield Finding(
+            "vanishes", "prevents" if len(idle) > 0.5 * len(encoder) else "warning",
+            f"{len(idle)} of {len(encoder)} weights of the encoder have next to no gradient, between others that have one: "
+            f"{', '.join(parts(idle)[:4])}.",
+            "These layers are passed by: gates that are shut (a bias far from 0), branches with a factor of next to nothing. "
+            "What they would learn never reaches them.",
+            {"largest gradient of the first layers": first, "of the last": last, "of the decoder": behind},
+            ["gates that begin half open: a bias of -1 to 1, not -20", "branches with a factor of 1, or of 0 that is itself "
+             "learned (ReZero)"], 0.85, where=idle[0] if idle else "encoder", plots=[plot])
+        return
     if bad or first > 1e5 * last or first > 1e6:
         yield Finding(
             "explodes", "prevents",

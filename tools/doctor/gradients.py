@@ -11,13 +11,15 @@ from tools.doctor.loss import call_loss, run_training_step
 from tools.doctor.registry import NotExamined, check
 from tools.doctor.trained import FROM_TRAINED, judged, started_from
 
+TRIES = range(6, 13)  # seeds of further steps, where some modules were not reached
 
-def backward(probe) -> tuple[dict[str, float], str]:
+
+def backward(probe, seed: int = 5) -> tuple[dict[str, float], str]:
     """Parameter name -> root mean square of its gradient after one training step (-1: none), and whose loss it was.
 
     Call it inside `ready(train=True)`. Raises NotExamined where there is no finite loss.
     """
-    step = run_training_step(probe)
+    step = run_training_step(probe, seed)
     loss, source = step.loss, "training_step"
     if loss is not None and not loss.requires_grad:
         return {name: -1.0 for name, p in probe.model.named_parameters() if p.requires_grad}, source
@@ -51,12 +53,58 @@ def _wake(model) -> bool:
     return bool(asleep)
 
 
+def _try_again(probe, gradients: dict[str, float]) -> list[str]:
+    """Puts gradients of further steps into `gradients`, where modules are left out of a step at random (stochastic depth,
+    LayerDrop). Returns the parameters of those that no step ran and evaluation runs."""
+    owners = {name: probe.model.get_submodule(name.rpartition(".")[0]) for name in gradients}
+    missing = [name for name, size in gradients.items() if size <= 0.0]
+    resting: list[str] = []
+    ran: set[int] = set()
+    handles = [module.register_forward_hook(lambda module, *_: ran.add(id(module)))
+               for module in {id(owners[name]): owners[name] for name in missing}.values()]
+    try:
+        for seed in TRIES:
+            if not missing:
+                break
+            ran.clear()
+            for p in probe.model.parameters():
+                p.grad = None
+            later, _ = backward(probe, seed)
+            fewer = [name for name in missing if later[name] <= 0.0]
+            resting = [name for name in fewer if id(owners[name]) not in ran]
+            for name in set(missing) - set(fewer):
+                gradients[name] = later[name]
+            if not resting and len(fewer) == len(missing):  # they all run, and get none
+                return []
+            missing = fewer
+        if resting:
+            ran.clear()
+            with probe.ready(), torch.no_grad():
+                probe.forward(*probe.features())
+    finally:
+        for handle in handles:
+            handle.remove()
+    return [name for name in missing if name in resting and id(owners[name]) in ran]
+
+
+def _left_out(names: list[str], sizes: dict[str, int]) -> Finding:
+    share = sum(sizes[name] for name in names) / sum(sizes.values())
+    return Finding(
+        "train-eval-differ", "prevents" if share > 0.1 else "warning",
+        f"Modules with {share:.0%} of all values ran in none of {len(TRIES) + 1} training steps, and run in evaluation: "
+        f"{', '.join(parts(names)[:6])}.",
+        "They are left out of training, at random with a probability near 1 (that of keeping a layer taken for that of dropping "
+        "it), or always (`if self.training`): they stay as initialised, and evaluation goes through them.",
+        {"modules": parts(names)[:20], "share of values": round(share, 4), "steps": len(TRIES) + 1},
+        ["stochastic depth: drop with 0.1, keep with 0.9: if torch.rand(1) < drop: return x"], 0.9, where=names[0])
+
+
 def parts(names: list[str]) -> list[str]:
     """Names of parameters gathered into the modules that they fill, for messages."""
     return list(dict.fromkeys(name.rpartition(".")[0] or name for name in names))
 
 
-@check("gradients", faults=("no-gradient",), needs=("model",))
+@check("gradients", faults=("no-gradient", "train-eval-differ"), needs=("model",))
 def gradients_arrive(subject):
     """Every trainable parameter gets a gradient."""
     probe = subject.probe
@@ -68,7 +116,10 @@ def gradients_arrive(subject):
         if 0.0 in gradients.values() and _wake(probe.model):
             later, _ = backward(probe)
             gradients = {name: size if size != 0.0 else later[name] for name, size in gradients.items()}
-    without = [name for name, size in gradients.items() if size <= 0.0]
+        skipped = _try_again(probe, gradients)
+    if skipped:
+        yield _left_out(skipped, sizes)
+    without = [name for name, size in gradients.items() if size <= 0.0 and name not in skipped]
     if not without:
         return
     none = [name for name in without if gradients[name] < 0]

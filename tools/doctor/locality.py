@@ -63,6 +63,15 @@ def at_distance(moves) -> list[float]:
     return [float(share[away == distance].mean()) for distance in range(stretches)]
 
 
+def delayed(moves) -> bool:
+    """Whether all frames hear best what lies as many stretches before them, as behind a deep stack of causal layers."""
+    stretches, frames = moves.shape
+    share = moves.double() / moves.double().amax(dim=0, keepdim=True).clamp(min=1e-30)
+    own = ((torch.arange(frames, device=moves.device) + 0.5) * stretches / frames).long()
+    before = own[None] - torch.arange(stretches, device=moves.device)[:, None]
+    return any(float(share[before == d].mean()) > AT_HOME for d in range(1, 4))
+
+
 @check("locality", faults=("time-scrambled",), needs=("model",))
 def time_is_kept(subject):
     """What changes at a time of the input changes the output at that time."""

@@ -294,13 +294,13 @@ def likeness(own: Tensor, lengths: Tensor, out: Tensor, frames: Tensor) -> float
     return sorted(found)[len(found) // 2] if found else 1.0
 
 
-def run_training_step(probe) -> TrainingStep:
+def run_training_step(probe, seed: int = 5) -> TrainingStep:
     """Runs `training_step` on a batch of the probe's, without a trainer; call it inside `ready(train=True)`."""
     model = probe.model
     step = TrainingStep()
     batch = training_batch(probe)
     audio, audio_lengths, targets, sizes, ids = batch
-    torch.manual_seed(5)
+    torch.manual_seed(seed)
     with torch.no_grad():
         out = model.forward(input_signal=audio, input_signal_length=audio_lengths)
     step.plain = (out[0].detach().float(), targets, out[1].detach(), sizes)
@@ -329,7 +329,7 @@ def run_training_step(probe) -> TrainingStep:
         ]
     try:
         with without_trainer(model, forward):
-            torch.manual_seed(5)
+            torch.manual_seed(seed)
             result = model.training_step(batch if of_the_recipes(model) else batch[:4], 0)
         loss = result["loss"] if isinstance(result, dict) else result
         step.loss = loss if isinstance(loss, Tensor) else None

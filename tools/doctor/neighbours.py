@@ -7,7 +7,7 @@ import time
 import torch
 
 from tools.doctor.finding import Finding, Plot
-from tools.doctor.locality import ABROAD, LONGER, STRETCHES, at_distance, over_time, replaced
+from tools.doctor.locality import ABROAD, LONGER, STRETCHES, at_distance, delayed, over_time, replaced
 from tools.doctor.probe import relative
 from tools.doctor.registry import NotExamined, check
 from tools.doctor.tracing import Step, trace
@@ -186,7 +186,7 @@ def _elsewhere(moves) -> bool:
     if not bool(torch.isfinite(moves).all()) or float((most > 1e-3 * most.max()).float().mean()) < 0.8:
         return False
     heard = at_distance(moves)
-    return heard[0] < ABROAD and max(heard[2:8]) > heard[0]
+    return heard[0] < ABROAD and max(heard[2:8]) > heard[0] and not delayed(moves)
 
 
 def _by_way_of(probe, steps: list[Step], k: int, x, changed, lengths):

@@ -1,6 +1,5 @@
-"""Do audio and text belong together? Told without a model, three ways:
+"""Do audio and text belong together? Told without a model, two ways (a third, by transcripts, in transcripts.py):
 
-- from transcripts that lie beside the audio (LibriSpeech's `*.trans.txt`, `NAME.txt`), exactly;
 - from lengths: who says more takes longer. Over a whole manifest the logarithms of duration and text length go
   together (0.8 to 0.95 on speech that is read); of pairs drawn at random they do not;
 - from the share of utterances whose length does not go with their text, as a mixture of two distributions, of pairs
@@ -9,8 +8,6 @@
 
 from __future__ import annotations
 
-import os
-import re
 from collections import Counter
 
 import numpy as np
@@ -34,114 +31,6 @@ FIX = [
     "listen to the utterances named; build the manifest again, joining audio and text by utterance id, not by position",
     "for LibriSpeech: python -m manifests.librispeech reads both from the same tree",
 ]
-# (how the symptom goes on, cause, changes, whether the words said are the true ones, written otherwise)
-WRITTEN = (
-    (": they are the same, written backwards",
-     "Letters stand from the last to the first, and audio runs from the first to the last: CTC cannot turn them round.",
-     ["turn the texts round again: text[::-1]"],
-     lambda said, true: "".join(said) == "".join(true)[::-1] and said != true),
-    (": they are the same, spelt letter by letter",
-     "A space stands between all letters, as in fairseq's .ltr files: half of all labels are spaces that nobody speaks, "
-     "and targets are twice as long.",
-     ["take the spaces between letters out, and write a space where the file has |"],
-     lambda said, true: "".join(said) == "".join(true) and len(said) > 2 * len(true)),
-    (": they are the same, without the spaces between words",
-     "Words cannot be told apart: what is learned is right by letters, and its word error rate stays near 100 %.",
-     ["keep the spaces: one between two words"],
-     lambda said, true: "".join(said) == "".join(true) and 2 * len(said) <= len(true)),
-)
-
-
-@check("pairs", faults=("data-mismatched-text",), needs=("manifests",))
-def transcripts_beside_audio(subject):
-    """Texts are those of the transcripts that lie beside the audio."""
-    compared = 0
-    for role, rows in subject.rows.items():
-        known: dict[str, dict[str, str]] = {}
-        # A part of a recording has a part of its transcript: nothing to compare.
-        truth = [None if "offset" in row else beside(row["audio_filepath"], known) for row in rows]
-        pairs = [(i, words_of(row["text"]), true) for i, (row, true) in enumerate(zip(rows, truth)) if true is not None]
-        compared += len(pairs)
-        wrong = [(i, said, true) for i, said, true in pairs if not alike(said, true)]
-        if not wrong or len(wrong) < 2 and len(pairs) > 50:
-            continue
-        texts = {" ".join(words_of(row["text"])): i for i, row in enumerate(rows)}
-        shifts = [texts[" ".join(true)] - i for i, _, true in wrong if " ".join(true) in texts]
-        share = len(wrong) / len(pairs)
-        shift = max(set(shifts), key=shifts.count) if shifts else 0
-        shifted = bool(shifts) and shifts.count(shift) > 0.5 * len(wrong)
-        row = rows[wrong[0][0]]
-        how, cause, fix = next((told for told in WRITTEN if sum(told[3](said, true) for _, said, true in wrong)
-                                > 0.8 * len(wrong)), ("", CAUSE, FIX, None))[:3]
-        yield Finding(
-            "data-mismatched-text",
-            "prevents" if role == "train" and share >= 0.3 else "warning",
-            f"{len(wrong)} of {len(pairs)} texts of {role} are not those of the transcripts beside the audio{how}"
-            + (f": they stand {abs(shift)} line{'s' * (abs(shift) != 1)} too {'early' if shift > 0 else 'late'}"
-               if shifted else "")
-            + ".",
-            cause,
-            {"pairs": len(pairs), "wrong": len(wrong), "share": round(share, 4), "first line": row["_at"],
-             "manifest says": row["text"][:100], "transcript says": " ".join(wrong[0][2])[:100],
-             **({"lines shifted by": shift} if shifted else {})},
-            fix,
-            1.0,
-            where=row["_at"],
-        )
-    if not compared:
-        raise NotExamined("no transcripts lie beside the audio")
-
-
-def beside(audio: str, known: dict[str, dict[str, str]]) -> list[str] | None:
-    """Words of the transcript that lies beside an audio file, None where there is none; `known` keeps what was read."""
-    folder, name = os.path.split(audio)
-    stem = os.path.splitext(name)[0]
-    if folder not in known:
-        known[folder] = _transcripts(folder)
-    text = known[folder].get(stem)
-    if text is None and "*" in known[folder]:
-        for suffix in (".normalized.txt", ".txt", ".lab"):
-            try:
-                with open(os.path.join(folder, stem + suffix), encoding="utf-8") as file:
-                    text = file.read(4000)
-                break
-            except (OSError, UnicodeDecodeError):
-                continue
-    return None if text is None or not words_of(text) else words_of(text)
-
-
-def _transcripts(folder: str) -> dict[str, str]:
-    """Name -> text of the `*.trans.txt` in a folder; "*" where single text files lie there."""
-    found: dict[str, str] = {}
-    try:
-        names = os.listdir(folder)
-    except OSError:
-        return found
-    for name in names:
-        if name.endswith(".trans.txt"):
-            try:
-                with open(os.path.join(folder, name), encoding="utf-8") as file:
-                    found.update(line.strip().partition(" ")[::2] for line in file if line.strip())
-            except (OSError, UnicodeDecodeError):
-                continue
-        elif name.endswith((".txt", ".lab")):
-            found["*"] = ""
-    return found
-
-
-def words_of(text: str) -> list[str]:
-    return re.findall(r"[^\W\d_]+", text.lower().replace("'", ""))
-
-
-def alike(said: list[str], true: list[str]) -> bool:
-    """Whether two texts are the same but for spelling: at least half of the words, in any order."""
-    if said == true:
-        return True
-    a, b = set(said), set(true)
-    common = len(a & b)
-    # Numbers spelt out, abbreviations, dropped characters leave most words alone; a text without words (upper case
-    # dropped, say) is another fault's.
-    return not a or common >= 0.5 * min(len(a), len(b)) and common >= 0.3 * max(len(a), len(b))
 
 
 @check("pairs", faults=("data-mismatched-text",), needs=("manifests",))

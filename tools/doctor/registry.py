@@ -25,7 +25,8 @@ from tools.doctor.finding import PAGES, Finding
 FAMILIES: dict[str, tuple[str, tuple[str, ...]]] = {
     "data": ("tools.doctor.data tools.doctor.twice", ("manifests",)),
     "audio": ("tools.doctor.audio tools.doctor.noise", ("manifests",)),
-    "pairs": ("tools.doctor.pairs tools.doctor.languages", ("manifests",)),
+    "pairs": ("tools.doctor.transcripts tools.doctor.pairs tools.doctor.languages tools.doctor.texts "
+              "tools.doctor.segments", ("manifests",)),
     "tokenizer": ("tools.doctor.tokenizer", ("manifests", "config", "model")),
     "schedule": ("tools.doctor.schedule", ("config", "model")),
     "limits": ("tools.doctor.limits tools.doctor.trials tools.doctor.monitors", ("config",)),
@@ -38,10 +39,10 @@ FAMILIES: dict[str, tuple[str, tuple[str, ...]]] = {
     "gradients": ("tools.doctor.gradients", ("model",)),
     "optimizer": ("tools.doctor.optimizer tools.doctor.steps", ("model",)),
     "weights": ("tools.doctor.weights", ("model",)),
-    "locality": ("tools.doctor.locality", ("model",)),
+    "locality": ("tools.doctor.locality tools.doctor.delay", ("model",)),
     "neighbours": ("tools.doctor.neighbours", ("model",)),
     "invariance": ("tools.doctor.invariance", ("model",)),
-    "depth": ("tools.doctor.depth", ("model",)),
+    "depth": ("tools.doctor.depth tools.doctor.attention", ("model",)),
     "validation": ("tools.doctor.validation", ("model",)),
     "heard": ("tools.doctor.heard", ("model",)),
     "loader": ("tools.doctor.delivered", ("model",)),

@@ -1,4 +1,4 @@
-"""Which part of the spectrum reaches the features: speech is told apart by what lies between 300 and 3400 Hz."""
+"""What of the sound reaches the features: all of its time, and of its spectrum what tells speech apart, 300 to 3400 Hz."""
 
 from __future__ import annotations
 
@@ -16,6 +16,7 @@ SPEECH = ((300, 1000), (1000, 2000), (2000, 3400))  # Hz: what a telephone lets 
 ABOVE = (4000, 7500)  # Hz, only to compare with
 SECONDS = 2.4
 SWITCH = 0.4  # seconds, of which a band is there for the first half
+CLICKS, CLICK, SKIPPED = 40, 0.002, 0.15  # how many, seconds of each, and the share that may leave no trace
 SILENT = 0.1  # of the largest change, under which a band does not reach the features
 
 
@@ -53,6 +54,40 @@ def speech_bands_arrive(subject):
         where="model.preprocessor",
         plots=[Plot("Bands in the features", "Hz", "change / largest",
                     {"measured": ([sum(band) / 2 for band in bands], list(shares.values()))})])
+
+
+@check("features", faults=("features-bad",), needs=("model",))
+def every_sample_is_read(subject):
+    """Every stretch of the audio leaves a trace in the features."""
+    probe = subject.probe
+    rate = probe.sample_rate
+    generator = torch.Generator().manual_seed(1)
+    noise = 0.1 * torch.randn(int(SECONDS * rate), generator=generator)
+    width = max(int(CLICK * rate), 1)
+    places = (torch.rand(CLICKS, generator=generator) * 0.8 + 0.1) * len(noise)  # not at the ends, where windows hang over
+    unread = 0
+    with untouched(probe.model), torch.no_grad():
+        still, _ = front_end(probe, [Item(noise.numpy())])
+        for place in places.long().tolist():
+            clicked = noise.clone()
+            clicked[place : place + width] = 0.3
+            x, _ = front_end(probe, [Item(clicked.numpy())])
+            if x.shape != still.shape:
+                raise NotExamined("the front end gives other frames for other audio of the same length")
+            unread += bool((x == still).all())
+    if unread == CLICKS:
+        raise NotExamined("no change of the audio shows in the features")
+    if unread <= SKIPPED * CLICKS:
+        return
+    get = subject.settings.get if subject.settings else lambda key: None
+    yield Finding(
+        "features-bad", "warning",
+        f"Of {CLICKS} clicks of {CLICK * 1000:g} ms {unread} leave no trace in the features: that share of the audio is never "
+        "read.",
+        "The window is shorter than the hop, and what lies between two windows is skipped: plosives last 5 to 20 ms.",
+        {"without a trace": unread, "of": CLICKS, "window_size": get("model.preprocessor.window_size"),
+         "window_stride": get("model.preprocessor.window_stride")},
+        ["model.preprocessor.window_size=0.025 model.preprocessor.window_stride=0.01"], 0.95, where="model.preprocessor")
 
 
 def _without(sound: Tensor, rate: int, low: float, high: float) -> Tensor:

@@ -5,8 +5,8 @@ from __future__ import annotations
 from tools.doctor.audio import same_audio
 from tools.doctor.data import EXAMPLES, by_file, examples, lines_of, role_of
 from tools.doctor.finding import Finding
-from tools.doctor.pairs import alike, words_of
 from tools.doctor.registry import check
+from tools.doctor.transcripts import alike, words_of
 
 WRONG = 0.3  # share of a train manifest's texts that are of other audio, from which on it does not learn
 
