@@ -47,6 +47,7 @@ EFFECTS: dict[str, tuple[str, ...]] = {
     "step-uphill": ("lr-too-high", "run-diverged", "run-plateau", "run-nan", "explodes"),
     "lr-too-high": ("warmup-missing", "run-nan", "run-diverged"),
     "schedule-per-epoch": ("lr-too-low", "warmup-too-long"),
+    "weights-not-moved": ("lr-too-low", "no-gradient", "run-plateau"),
     "warmup-too-long": ("lr-too-low",),
 }
 

@@ -7,9 +7,10 @@ import math
 import torch
 
 from tools.doctor.finding import Finding
-from tools.doctor.loss import call_loss, run_training_step
+from tools.doctor.loss import call_loss
 from tools.doctor.registry import NotExamined, check
 from tools.doctor.trained import FROM_TRAINED, judged, started_from
+from tools.doctor.training_step import run_training_step
 
 
 def backward(probe) -> tuple[dict[str, float], str]:
@@ -19,6 +20,8 @@ def backward(probe) -> tuple[dict[str, float], str]:
     """
     step = run_training_step(probe)
     loss, source = step.loss, "training_step"
+    if step.backward:  # what it returns is for the log
+        return sizes_of(probe.model), "training_step, backwards by itself"
     if loss is not None and not loss.requires_grad:
         return {name: -1.0 for name, p in probe.model.named_parameters() if p.requires_grad}, source
     # Of targets that do not fit NeMo makes a loss of 0, which says nothing of the model: the lengths do.
@@ -32,8 +35,13 @@ def backward(probe) -> tuple[dict[str, float], str]:
     if not bool(torch.isfinite(loss.detach())):
         raise NotExamined(f"the loss of the probe's batch is {float(loss.detach())}")
     loss.backward()
+    return sizes_of(probe.model), source
+
+
+def sizes_of(model) -> dict[str, float]:
+    """Trainable parameter -> root mean square of its gradient, -1 where there is none."""
     return {name: -1.0 if p.grad is None else float(p.grad.double().square().mean().sqrt())
-            for name, p in probe.model.named_parameters() if p.requires_grad}, source
+            for name, p in model.named_parameters() if p.requires_grad}
 
 
 def _wake(model) -> bool:

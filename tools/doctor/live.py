@@ -270,6 +270,13 @@ def follow_rate(findings: list[Finding]) -> list[Finding]:
             if f.id == "explodes" and f.evidence.get("seen at step", 1) > 1 else f for f in findings]
 
 
+def not_contradicted(findings: list[Finding], trace: Trace) -> list[Finding]:
+    """Findings without that of a loss that reaches no parameter, where all had a gradient in the run's own steps: it is
+    the probe that does not run the step as the run does."""
+    return [f for f in findings if f.id != "no-gradient" or trace.still != []
+            or f.evidence.get("not reached") != f.evidence.get("of")]
+
+
 PROBES = ("outputs", "lengths", "invariance", "locality", "labels", "loss", "gradients", "weights", "neighbours", "depth",
           "features")
 

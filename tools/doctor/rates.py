@@ -9,6 +9,7 @@ from tools.doctor.finding import Finding
 from tools.doctor.nonfinite import lr_too_high
 from tools.doctor.registry import NotExamined
 from tools.doctor.trace import EARLY_STEPS, OVER_STEPS, Trace, shape, still_rising
+from tools.doctor.unmoved import gone
 
 TINY_UPDATE, HUGE_UPDATE = 1e-6, 0.1  # of the weights' size in one step, as a rule
 LEAP = 0.5  # and once, among the first
@@ -65,6 +66,8 @@ def _too_low(trace: Trace, curve, rates, plots) -> list[Finding]:
             where=trace.key("model.optim.sched"), plots=plots)]
     # In a warm-up the first steps move nothing, and are meant to.
     updates = [v for s, v in trace.get("update") if s > (trace.warmup or 0) and math.isfinite(v) and v >= 0]
+    if gone(trace):
+        return []  # the rate has no part in it
     if len(updates) >= 3 and median(updates) < TINY_UPDATE and trace.last_step >= 50 and not still_rising(rates):
         key = trace.key("model.optim.lr")
         return [Finding(
