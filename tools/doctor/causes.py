@@ -57,6 +57,8 @@ def _room_is_usual(finding: Finding) -> bool:
     return float(finding.evidence.get("median fill", 1.0)) < 0.75
 
 
+NORMS = "normalisations in eval mode"  # evidence of a model that was trained in eval mode
+
 # Likewise where the cause is only a warning: the effect must be no graver, and the condition must hold for it.
 OF_WARNINGS = {
     "time-scrambled": {"padding-leak": lambda finding: True},  # padding is carried to other times
@@ -73,6 +75,12 @@ def _of_the_tokenizer(finding: Finding, findings: list[Finding]) -> bool:
         other.id == "tokenizer-vocabulary" and other.weight == "prevents" and "folder" in other.evidence
         and ("tokenizer" in error.lower() or other.evidence["folder"] is None and "NoneType" in error)
         for other in findings)
+
+
+def _of_another_mode(finding: Finding, findings: list[Finding]) -> bool:
+    """Whether a finding is of statistics that batches would have in training, and those were in eval mode all along."""
+    return finding.id == "norm-padding" and "change of mean and variance" in finding.evidence and any(
+        not str(other.evidence.get(NORMS, "0 of")).startswith("0 ") for other in findings if other.id == "train-eval-differ")
 
 
 def merge(findings: list[Finding]) -> list[Finding]:
@@ -126,6 +134,7 @@ def _began_there(module: str, source: str) -> bool:
 
 def name_causes(findings: list[Finding]) -> list[Finding]:
     """Findings with the effects of other findings turned into notes, causes first; order is kept otherwise."""
+    findings = [f for f in findings if not _of_another_mode(f, findings)]
     findings = merge(with_source_of_nan(findings))
     stopping = {finding.id for finding in findings if finding.weight == "prevents"}
     # Of two that cause each other by this table none is the first: both stay.

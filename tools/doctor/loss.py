@@ -224,7 +224,7 @@ def _reduction(step, blank: int) -> str | None:
 
 
 def _told(plus: Terms) -> str:
-    return (f" CTC goes into it {plus.weight:.3g} times, and another term adds {plus.rest:.3g}; the other term's gradient is "
+    return (f" CTC goes into it with a weight of {plus.weight:.3g}, and another term adds {plus.rest:.3g}; the other term's gradient is "
             f"{plus.pull:.2g} times CTC's.")
 
 

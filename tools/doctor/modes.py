@@ -4,11 +4,11 @@ from __future__ import annotations
 
 from torch import Tensor
 
+from tools.doctor.causes import NORMS
 from tools.doctor.finding import Finding
 
 LOOKS = 3  # in a row
 MUCH = 0.1  # share of the values that are trained
-KEY = "normalisations in eval mode"
 
 
 def keeps_statistics(module) -> bool:
@@ -53,6 +53,6 @@ class Modes:
             + ". Something calls eval() and never train() again: a callback that transcribes samples; or the model came in "
             "eval mode, and fit() leaves it so.",
             {"modules in eval mode": names[:12], "of them": len(names), "share of trained values": round(share, 3),
-             "model.training": model.training, KEY: f"{still} of {len(norms)}"},
+             "model.training": model.training, NORMS: f"{still} of {len(norms)}"},
             ["model.train() after the samples: mode = model.training; model.eval(); ...; model.train(mode)",
              "model.train() before trainer.fit(model)"], 0.95, where=names[0])

@@ -35,13 +35,13 @@ class Starts:
         count, steps = len(self.lengths) + 1, sum(self.lengths)
         return [Finding(
             "run-ended", "warning",
-            f"This is fit() number {count} of the same model, each from step 0: of {steps} steps so far each began the "
-            f"schedule anew, and the highest rate was {max(self.rates):.2g} of {top:.2g}.",
+            f"This is fit() number {count} of the same model, each from step 0: in {steps} steps so far the schedule was begun "
+            f"anew each time, and the highest rate was {max(self.rates):.2g} of {top:.2g}.",
             "Each fit() makes a new optimizer and a new schedule: moments are lost, the warm-up begins again, and the rate "
             "that the schedule was made for is never reached, or never left.",
             {"fits": count, "steps of each": self.lengths[-12:], "highest rate of each": self.rates[-12:],
              "rate at the end of the last": self._last, "rate now": now},
-            [f"one trainer.fit() over all the data: max_steps={max(steps, 1)} or more",
+            [f"one trainer.fit() over all the data: max_steps={max(steps + self.lengths[-1], 1)} or more",
              "or trainer.fit(model, ckpt_path=the last checkpoint), with the max_steps of the whole"], 0.9,
             where="trainer.fit")]
 
