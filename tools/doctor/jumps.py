@@ -23,7 +23,7 @@ class Jumps:
                          if p.requires_grad and p.dim() >= 2 and p.numel() >= 64]
         self.looks, self.jumps = 0, []  # (step, names, largest change)
         self._held: list | None = None
-        self._begin: list | None = None  # where the way began that ends in what is held
+        self._begin = self._values()  # where the way began that ends in what is held
 
     @torch.no_grad()
     def hold(self, trainer, batch_idx: int) -> None:
@@ -33,6 +33,7 @@ class Jumps:
         if self.matrices and (trainer.is_last_batch or validates):
             self._held = self._values()
 
+    @torch.no_grad()
     def _values(self) -> list:
         return [p.detach().reshape(-1)[:: max(p.numel() // VALUES, 1)][:VALUES].float().clone() for _, p in self.matrices]
 
@@ -41,7 +42,7 @@ class Jumps:
         """To be called before each optimizer step; a finding where it is the second time that weights have jumped."""
         if self._held is None:
             return None
-        held, now, begin = self._held, self._values(), self._begin or self._held
+        held, now, begin = self._held, self._values(), self._begin
         self._held, self._begin = None, now
         rows = torch.stack([torch.stack([(new - old).norm(), old.norm(), new.norm(), (old - first).norm(),
                                          ((old - first) * (old - new)).sum()])

@@ -219,8 +219,9 @@ def _reduction(step, blank: int) -> str | None:
         made = reductions(reference(*given, blank), given[3])
     except (RuntimeError, IndexError):  # given in a form of its own
         return None
-    name = min(made, key=lambda key: abs(made[key] - value))
-    return name if abs(made[name] - value) <= 2 * TOLERANCE * abs(made[name]) else None
+    # torch's own mean last: of utterances of one length it is the same as NeMo's.
+    return next((name for name in ("mean_batch", "mean_volume", "sum", "mean")
+                 if abs(made[name] - value) <= 2 * TOLERANCE * abs(made[name])), None)
 
 
 def _told(plus: Terms) -> str:
