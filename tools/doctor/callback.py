@@ -21,7 +21,7 @@ from torch import Tensor
 
 from tools.doctor import devices, listen, saved, utterances
 from tools.doctor.alone import alone, possible
-from tools.doctor.autopsy import RandomState, Watch, broken_parameters, examine_batch, first_bad, loss_scale
+from tools.doctor.autopsy import RandomState, broken_parameters, examine_batch, first_bad, loss_scale
 from tools.doctor.causes import name_causes
 from tools.doctor.finding import Finding, Report
 from tools.doctor.followed import Followed
@@ -29,7 +29,7 @@ from tools.doctor.frames import Frames, Gradients, Movement
 from tools.doctor.guard import guarded
 from tools.doctor.live import (
     follow_rate, is_scalar, keep_gradients, not_contradicted, optimizer_findings, planned_steps, probe_model, run_folder,
-    save, scanned, schedule_findings, settings_of, trial_of,
+    save, schedule_findings, settings_of, trial_of,
 )
 from tools.doctor.logs import ended_by
 from tools.doctor.metrics import Tally
@@ -39,6 +39,7 @@ from tools.doctor.pace import Pace
 from tools.doctor.recount import Recount
 from tools.doctor.resumed import other_labels, schedule_over
 from tools.doctor.run import diagnose
+from tools.doctor.scan import Scan
 from tools.doctor.speaking import announce, troubled
 from tools.doctor.starts import Starts
 from tools.doctor.trace import Trace
@@ -47,7 +48,6 @@ log = logging.getLogger("doctor")
 
 BAD_IN_A_ROW = 3  # non-finite steps, parameters still whole, before a run is said to be lost
 PROBE_STEPS = 50  # a shorter run that is still on its first plateau is only a trial
-SCAN_EVERY = 200  # steps between two looks at the outputs of all modules
 SAVE_EVERY = 60.0  # seconds: what a run that is killed leaves of it is no older
 
 
@@ -94,7 +94,7 @@ class Doctor(Callback):
         self._asked = 0  # step at which all devices last asked each other whether to end
         self._computes_alone = True
         self._loss: Tensor | None = None
-        self._watch: Watch | None = None
+        self._scan = Scan(self.pace)
         self._gradients: Gradients | None = None
         self._followed: Followed | None = None
         self._final: Report | None = None
@@ -148,10 +148,7 @@ class Doctor(Callback):
             step = trainer.global_step
             self._looks = step % self.pace.stride == 0 or step < 5
             self._followed.batch_begins(self._looks, batch)
-            self._watch = None
-            if step in (0, 20) or (step % SCAN_EVERY == 0 and self.pace.affordable()):
-                self._watch = Watch(pl_module, leaves_only=True, counted=lambda: self.pace.counted(pl_module.device))
-                self._watch.__enter__()
+            self._scan.begin(pl_module, step)
 
     def _first_step(self, trainer, model) -> None:
         """Looks at the parameters when the first step is to be taken: hooks of the model may have replaced some."""
@@ -172,7 +169,7 @@ class Doctor(Callback):
             self._loss = loss.detach() * trainer.accumulate_grad_batches
             if self._listener.call is None:  # else the loss is the one that was heard
                 self._loss /= loss_scale(trainer)
-            self._end_scan()
+            self.fixed = self._scan.end(self.fixed, self.trace)
 
     @guarded
     def on_after_backward(self, trainer, pl_module):
@@ -201,13 +198,13 @@ class Doctor(Callback):
     @guarded
     def _after_batch(self, trainer, pl_module):
         with self.pace.counted(pl_module.device if self._looks or not self._step_taken else None) as begin:
-            self._end_scan()
+            self.fixed = self._scan.end(self.fixed, self.trace)
             if not self._step_taken:
                 self._check_step(trainer, pl_module, None)
             elif self._looks:
                 self._look(trainer)
-            if self._step_taken:
-                self._remember_rate(trainer)
+            if self._step_taken and trainer.optimizers:
+                self.trace.add("lr", trainer.global_step, float(trainer.optimizers[0].param_groups[0]["lr"]))
             if self._wait is not None:
                 self._waits.append(self._wait / max(self._wait + begin - self._started, 1e-9))
             step = trainer.global_step
@@ -374,25 +371,6 @@ class Doctor(Callback):
         self._frames.look(trace, call, step, self.pace.affordable() and step % (20 * self.pace.stride) == 0)
         self._followed.deliver(self._batch[0], self._model, call)
 
-    def _stop_watching(self) -> list:
-        """Takes the hooks off all modules; returns what they saw."""
-        if self._watch is None:
-            return []
-        self._watch.__exit__()
-        outputs, self._watch = self._watch.outputs, None
-        return outputs
-
-    def _end_scan(self) -> None:
-        if self._watch is not None:
-            outputs = self._stop_watching()
-            if "run: outputs of all modules" not in self.examined:
-                self.examined.append("run: outputs of all modules")
-            self.fixed = [f for f in self.fixed if f.id != "explodes"] + scanned(outputs, self.trace)
-
-    def _remember_rate(self, trainer) -> None:
-        if trainer.optimizers:
-            self.trace.add("lr", trainer.global_step, float(trainer.optimizers[0].param_groups[0]["lr"]))
-
     # ---- speaking ------------------------------------------------------------------------------------------
 
     def report(self, probes: bool = False) -> Report:
@@ -405,9 +383,10 @@ class Doctor(Callback):
         found, ruled_out, missing = self._found()
         found = devices.joined(found, self._others, 0)
         recount = [self._recount.why_not] if self._recount.why_not and Tally.title not in self.examined else []
-        examined, not_examined = self._followed.lines if self._followed is not None else ([], [])
-        report = Report(found, [saved.head(self.trace.last_step), *self.examined, *examined], ruled_out,
-                        [*missing, *self.not_examined, *not_examined, *recount])
+        looked, missed = self._followed.lines if self._followed is not None else ([], [])
+        looked = ["run: outputs of all modules"] * self._scan.done + looked
+        report = Report(found, [saved.head(self.trace.last_step), *self.examined, *looked], ruled_out,
+                        [*missing, *self.not_examined, *missed, *recount])
         if probes and self._model is not None and self._computes_alone:
             with alone():  # asked of one rank only, in a run on several devices
                 report = probe_model(self._model, report)
@@ -453,11 +432,10 @@ class Doctor(Callback):
 
     def _finish(self, trainer, alone: bool = False, probes: bool = True) -> None:
         self._listener.close()
-        self._stop_watching()
+        self._scan.stop()
         if self.pace.begun is None:
             return
-        if self._followed is not None:
-            self._followed.moved.close()
+        self._followed.moved.close()
         self._starts.end(self.trace)
         self.examined = [line for line in self.examined if not line.startswith("cost:")]
         self.examined.append(f"cost: {self.pace.share()}")

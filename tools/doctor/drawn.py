@@ -11,6 +11,7 @@ from tools.doctor.finding import Finding
 WHOLE = 0.9  # of the rows: as many draws as make an epoch
 FEW, NEXT_TO_NOTHING = 0.5, 0.1  # of the texts; drawing by chance, with all alike, leaves 0.63
 LINES = 200_000  # of the manifests, to be read
+BATCHES = 50_000  # an epoch of more is left out: it may have no end
 FEWEST = 32  # texts
 
 
@@ -24,7 +25,7 @@ class Drawn:
 
     def take(self, batch) -> None:
         """A batch of NeMo's kind: (audio, lengths, targets (B, S), lengths (B))."""
-        if self.judged or not isinstance(batch, (list, tuple)) or len(batch) < 4:
+        if self.judged or len(self.keys) > BATCHES or not isinstance(batch, (list, tuple)) or len(batch) < 4:
             return
         targets, sizes = batch[2], batch[3]
         if not isinstance(targets, Tensor) or not isinstance(sizes, Tensor) or targets.dim() != 2 or targets.is_floating_point():
@@ -46,7 +47,7 @@ class Drawn:
         except (TypeError, AttributeError, NotImplementedError):  # endless, or no rows
             return None
         draws = sum(map(len, keys))
-        if trainer.world_size > 1 or draws < WHOLE * rows or rows > LINES:
+        if trainer.world_size > 1 or draws < WHOLE * rows or rows > LINES or len(keys) > BATCHES:
             return None
         lines, texts = self._texts()
         there = len(texts) * min(rows / max(lines, 1), 1.0)  # some are filtered out

@@ -10,16 +10,13 @@ import warnings
 from dataclasses import replace
 from pathlib import Path
 
-from tools.doctor.autopsy import Output
-from tools.doctor.finding import Finding, Plot, Report
+from tools.doctor.finding import Finding, Report
 from tools.doctor.trace import Trace
 from tools.doctor.trained import copies, judged, left_out, started_from
 from tools.doctor.trials import left_from_a_trial
 
 log = logging.getLogger("doctor")
 
-LARGE = 1e4  # an output beyond this is on its way out; those of models that train stay below
-GROWS = 1e3  # times from the first frames to the last
 SHORT = 20  # steps within which a schedule rises that may be made for epochs
 MOST_REHEARSED = 5000  # steps of a schedule
 
@@ -231,35 +228,6 @@ def _apart(scheduler, optimizers: dict):
     if hasattr(scheduler, "_schedulers"):
         copied._schedulers = [_apart(inner, optimizers) for inner in scheduler._schedulers]
     return copied
-
-
-def scanned(outputs: list[Output], trace: Trace) -> list[Finding]:
-    """A finding where a module's output, still finite, is far larger than any that trains."""
-    large = [o for o in outputs if o.finite and o.largest > LARGE and "preprocessor" not in o.name and "featurizer" not
-        in o.name]
-    if not large or trace.bad is not None:
-        return []
-    first = large[0]
-    values = [v for v in (first.growth or ([], []))[1] if math.isfinite(v)]
-    times = max(values) / max(values[0], 1e-30) if len(values) > 3 else 0.0
-    in_time = times > GROWS
-    plots = [Plot("Largest output of each module, in order of execution", "module", "largest absolute value",
-                  {"": (list(range(1, len(outputs) + 1)), [o.largest for o in outputs])},
-                  f"the first above {LARGE:g} is {first.name}")]
-    if first.growth:
-        plots.append(Plot(f"Largest output of {first.name} over time", "frame", "largest absolute value",
-            {"": first.growth}))
-    return [Finding(
-        "explodes", "warning",
-        f"The output of {first.name} ({first.kind}) reaches {first.largest:.2g} at step {trace.last_step + 1}"
-        + (f", growing {times:.2g} times from the first frames to the last." if in_time else "."),
-        "A recurrence without a bound and without normalisation grows exponentially with the utterance." if in_time
-        else "Nothing keeps the scale between the layers; the next step may be infinite.",
-        {"largest output": first.largest, "seen at step": trace.last_step + 1,
-         "modules above 1e4": [o.name for o in large][:8]},
-        [f"a bounded or gated recurrence in {first.name}" if in_time else f"a normalisation before {first.name}",
-         f"a lower {trace.key('model.optim.lr')} only delays it"], 0.8 if in_time else 0.6, where=first.name,
-         plots=plots)]
 
 
 def follow_rate(findings: list[Finding]) -> list[Finding]:
