@@ -210,3 +210,32 @@ def test_a_step_that_goes_backwards_by_itself_has_gradients(cut, returned):
     report = probe(model, ["gradients", "loss"])
     assert ("no-gradient" in report.ids) is cut and all(p.grad is None for p in model.parameters())
     assert cut or not report.of_weight("prevents"), report.findings
+
+
+def by_itself(shared, noise=0.02, weight=0.1):
+    """A step that computes module by module, with noise on the audio and a reversed branch: on the output that CTC uses too
+    (`shared`), or on its own."""
+    model = stock()
+
+    def training_step(batch, batch_idx):
+        audio, lengths, targets, sizes = batch
+        audio = audio + noise * torch.randn_like(audio)
+        x, lengths = model.preprocessor(input_signal=audio, length=lengths)
+        encoded, frames = model.encoder(audio_signal=x, length=lengths)
+        branch = encoded if shared else encoded.clone()
+        branch.register_hook(lambda gradient: -gradient)
+        log_probs = model.decoder(encoder_output=encoded)
+        loss = model.loss(log_probs=log_probs, targets=targets, input_lengths=frames, target_lengths=sizes)
+        return {"loss": loss + weight * branch.mean(dim=-1).square().mean()}
+
+    model.training_step = training_step
+    return model
+
+
+def test_a_gradient_that_is_reversed_on_a_shared_output():
+    report = probe(by_itself(shared=True))
+    first = report.findings[0]
+    assert (first.id, first.weight) == ("step-uphill", "prevents") and first.where.startswith("encoder")
+    assert "loss-wrong" not in report.ids
+    own = probe(by_itself(shared=False))
+    assert "step-uphill" in own.ruled_out and not own.of_weight("prevents"), own.findings
