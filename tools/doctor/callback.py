@@ -21,34 +21,33 @@ from torch import Tensor
 
 from tools.doctor import devices, listen, saved, utterances
 from tools.doctor.alone import alone, possible
-from tools.doctor.autopsy import RandomState, Watch, broken_parameters, examine_batch, first_bad, loss_scale
+from tools.doctor.autopsy import RandomState, broken_parameters, examine_batch, first_bad, loss_scale
 from tools.doctor.causes import name_causes
-from tools.doctor.delivered import Delivered
 from tools.doctor.finding import Finding, Report
+from tools.doctor.followed import Followed
 from tools.doctor.frames import Frames, Gradients, Movement
 from tools.doctor.guard import guarded
 from tools.doctor.live import (
-    follow_rate, is_scalar, keep_gradients, optimizer_findings, planned_steps, probe_model, run_folder,
-    save, scanned, schedule_findings, settings_of, trial_of,
+    follow_rate, is_scalar, keep_gradients, not_contradicted, optimizer_findings, planned_steps, probe_model, run_folder,
+    save, schedule_findings, settings_of, trial_of,
 )
 from tools.doctor.logs import ended_by
 from tools.doctor.metrics import Tally
 from tools.doctor.monitors import monitors_of
-from tools.doctor.moved import Moved
 from tools.doctor.nonfinite import SCALER_PATIENCE
 from tools.doctor.pace import Pace
 from tools.doctor.recount import Recount
-from tools.doctor.registry import NotExamined
 from tools.doctor.resumed import other_labels, schedule_over
 from tools.doctor.run import diagnose
+from tools.doctor.scan import Scan
 from tools.doctor.speaking import announce, troubled
+from tools.doctor.starts import Starts
 from tools.doctor.trace import Trace
 
 log = logging.getLogger("doctor")
 
 BAD_IN_A_ROW = 3  # non-finite steps, parameters still whole, before a run is said to be lost
 PROBE_STEPS = 50  # a shorter run that is still on its first plateau is only a trial
-SCAN_EVERY = 200  # steps between two looks at the outputs of all modules
 SAVE_EVERY = 60.0  # seconds: what a run that is killed leaves of it is no older
 
 
@@ -71,6 +70,7 @@ class Doctor(Callback):
         self.stop, self.every_n_steps, self.budget, self.probe = stop, every_n_steps, budget, probe
         self.given_folder, self.recipe, self.corpus = folder, recipe, corpus
         self._listener = listen.CTCListener()
+        self._starts = Starts()
         self._begin()
 
     def _begin(self) -> None:
@@ -94,10 +94,9 @@ class Doctor(Callback):
         self._asked = 0  # step at which all devices last asked each other whether to end
         self._computes_alone = True
         self._loss: Tensor | None = None
-        self._watch: Watch | None = None
-        self._delivered: Delivered | None = None
+        self._scan = Scan(self.pace)
         self._gradients: Gradients | None = None
-        self._moved: Moved | None = None
+        self._followed: Followed | None = None
         self._final: Report | None = None
         self._others: list[dict] = []  # what all ranks have told, at the end
 
@@ -125,12 +124,11 @@ class Doctor(Callback):
         trace.optimizer = type(trainer.optimizers[0]).__name__ if trainer.optimizers else ""
         trace.settings = settings_of(pl_module)
         found, trace.warmup = schedule_findings(trainer, trace)
-        self.fixed += [*found, *schedule_over(trainer, trace), *trial_of(trainer), *monitors_of(trainer)]
+        self.fixed += [*found, *schedule_over(trainer, trace), *trial_of(trainer), *monitors_of(trainer),
+                       *self._starts.begin(trainer, pl_module)]
         self.examined = ["run: optimizer and schedule of the live trainer"]
         self._frames = Frames(utterances.labels_of(pl_module))
-        manifests = trace.settings.manifests.get("train", []) if trace.settings is not None else []
-        self._delivered = Delivered(manifests, utterances.rate_of(pl_module), utterances.frame_rate_of(pl_module))
-        self._moved = Moved(pl_module, trainer.optimizers, trace, self.pace.counted)
+        self._followed = Followed(trainer, pl_module, trace, self.pace.counted)
         self._listener.open()
         self._computes_alone = possible(trainer)
         self.pace.begun = self._saved = time.perf_counter()
@@ -148,11 +146,9 @@ class Doctor(Callback):
             self._loss = None
             self._state = RandomState(pl_module.device)
             step = trainer.global_step
-            self._looks = self._moved.look = step % self.pace.stride == 0 or step < 5
-            self._watch = None
-            if step in (0, 20) or (step % SCAN_EVERY == 0 and self.pace.affordable()):
-                self._watch = Watch(pl_module, leaves_only=True, counted=lambda: self.pace.counted(pl_module.device))
-                self._watch.__enter__()
+            self._looks = step % self.pace.stride == 0 or step < 5
+            self._followed.batch_begins(self._looks, batch)
+            self._scan.begin(pl_module, step)
 
     def _first_step(self, trainer, model) -> None:
         """Looks at the parameters when the first step is to be taken: hooks of the model may have replaced some."""
@@ -169,10 +165,16 @@ class Doctor(Callback):
         with self.pace.counted(pl_module.device if asks else None):
             if asks:
                 self.fixed = keep_gradients(self.fixed, trainer, pl_module)
+            self._followed.forward_done(trainer, pl_module)
             self._loss = loss.detach() * trainer.accumulate_grad_batches
             if self._listener.call is None:  # else the loss is the one that was heard
                 self._loss /= loss_scale(trainer)
-            self._end_scan()
+            self.fixed = self._scan.end(self.fixed, self.trace)
+
+    @guarded
+    def on_after_backward(self, trainer, pl_module):
+        with self.pace.counted():
+            self._followed.moved.backward()
 
     @guarded
     def on_before_optimizer_step(self, trainer, pl_module, optimizer):
@@ -180,6 +182,7 @@ class Doctor(Callback):
             self._step_taken = True
             if self._gradients is None:
                 self._first_step(trainer, pl_module)
+            self._followed.before_step(trainer)
             gradients = [p.grad for _, p in self._parameters if p.grad is not None]
             norm = torch.nn.utils.get_total_norm(gradients) if gradients else torch.zeros((), device=pl_module.device)
             self._check_step(trainer, pl_module, norm)
@@ -195,22 +198,21 @@ class Doctor(Callback):
     @guarded
     def _after_batch(self, trainer, pl_module):
         with self.pace.counted(pl_module.device if self._looks or not self._step_taken else None) as begin:
-            self._end_scan()
+            self.fixed = self._scan.end(self.fixed, self.trace)
             if not self._step_taken:
                 self._check_step(trainer, pl_module, None)
             elif self._looks:
                 self._look(trainer)
-            if self._step_taken:
-                self._remember_rate(trainer)
+            if self._step_taken and trainer.optimizers:
+                self.trace.add("lr", trainer.global_step, float(trainer.optimizers[0].param_groups[0]["lr"]))
             if self._wait is not None:
                 self._waits.append(self._wait / max(self._wait + begin - self._started, 1e-9))
             step = trainer.global_step
             if self._waits and (len(self._waits) >= 50 or self._looks and len(self._waits) >= self.pace.stride):
                 self.trace.add("wait", step, sorted(self._waits)[len(self._waits) // 2])
                 self._waits = []
-            if (still := self._moved.batch(trainer, asked=self._gradients is not None)) is not None:
-                self.fixed.append(still)
-                self._announce(trainer)
+            self._followed.batch_ends(trainer, self._batch[1], asked=self._gradients is not None)
+            self._take_found(trainer)
             self._listener.clear()
             self._batch = self._state = None
             if self._step_taken and step and step % (10 * self.every_n_steps) == 0:
@@ -220,6 +222,17 @@ class Doctor(Callback):
             if trainer.is_global_zero and time.perf_counter() - self._saved > SAVE_EVERY:
                 self._save(trainer, self.report())
         self._batch_ended = time.perf_counter()
+
+    @guarded
+    def on_train_epoch_end(self, trainer, pl_module):
+        with self.pace.counted(pl_module.device):
+            self._followed.epoch_ends(trainer)
+            self._take_found(trainer)
+
+    def _take_found(self, trainer) -> None:
+        if new := self._followed.taken():
+            self.fixed += new
+            self._announce(trainer)
 
     @guarded
     def _end_together(self, trainer, pl_module):
@@ -356,39 +369,7 @@ class Doctor(Callback):
         if call is None or (self.trace.bad is not None and not bool(torch.isfinite(call.log_probs).all())):
             return
         self._frames.look(trace, call, step, self.pace.affordable() and step % (20 * self.pace.stride) == 0)
-        self._look_at_delivery(trainer, call)
-
-    def _look_at_delivery(self, trainer, call) -> None:
-        """Rows of the first batches against the manifest, until there are enough of them."""
-        seen = self._delivered
-        if seen is None or not seen.wanted:
-            return
-        seen.add(self._batch[0], utterances.target_texts(self._model, call))
-        if not seen.wanted:
-            try:
-                self.fixed += seen.judge()
-                self.examined.append(seen.title)
-            except NotExamined as reason:
-                self.not_examined.append(f"{seen.title}: {reason}")
-
-    def _stop_watching(self) -> list:
-        """Takes the hooks off all modules; returns what they saw."""
-        if self._watch is None:
-            return []
-        self._watch.__exit__()
-        outputs, self._watch = self._watch.outputs, None
-        return outputs
-
-    def _end_scan(self) -> None:
-        if self._watch is not None:
-            outputs = self._stop_watching()
-            if "run: outputs of all modules" not in self.examined:
-                self.examined.append("run: outputs of all modules")
-            self.fixed = [f for f in self.fixed if f.id != "explodes"] + scanned(outputs, self.trace)
-
-    def _remember_rate(self, trainer) -> None:
-        if trainer.optimizers:
-            self.trace.add("lr", trainer.global_step, float(trainer.optimizers[0].param_groups[0]["lr"]))
+        self._followed.deliver(self._batch[0], self._model, call)
 
     # ---- speaking ------------------------------------------------------------------------------------------
 
@@ -402,14 +383,16 @@ class Doctor(Callback):
         found, ruled_out, missing = self._found()
         found = devices.joined(found, self._others, 0)
         recount = [self._recount.why_not] if self._recount.why_not and Tally.title not in self.examined else []
-        report = Report(found, [saved.head(self.trace.last_step), *self.examined], ruled_out,
-                        [*missing, *self.not_examined, *recount])
+        looked, missed = self._followed.lines if self._followed is not None else ([], [])
+        looked = ["run: outputs of all modules"] * self._scan.done + looked
+        report = Report(found, [saved.head(self.trace.last_step), *self.examined, *looked], ruled_out,
+                        [*missing, *self.not_examined, *missed, *recount])
         if probes and self._model is not None and self._computes_alone:
             with alone():  # asked of one rank only, in a run on several devices
                 report = probe_model(self._model, report)
         elif probes:
             report.not_examined.append("the model: it cannot be computed on one device alone")
-        report.findings = follow_rate(name_causes(report.findings))
+        report.findings = follow_rate(name_causes(not_contradicted(report.findings, self.trace)))
         report.sort()
         report.ruled_out = sorted(set(report.ruled_out) - set(report.ids))
         return report
@@ -449,10 +432,11 @@ class Doctor(Callback):
 
     def _finish(self, trainer, alone: bool = False, probes: bool = True) -> None:
         self._listener.close()
-        self._stop_watching()
+        self._scan.stop()
         if self.pace.begun is None:
             return
-        self._moved.close()
+        self._followed.moved.close()
+        self._starts.end(self.trace)
         self.examined = [line for line in self.examined if not line.startswith("cost:")]
         self.examined.append(f"cost: {self.pace.share()}")
         report = self.report()

@@ -47,6 +47,7 @@ EFFECTS: dict[str, tuple[str, ...]] = {
     "step-uphill": ("lr-too-high", "run-diverged", "run-plateau", "run-nan", "explodes"),
     "lr-too-high": ("warmup-missing", "run-nan", "run-diverged"),
     "schedule-per-epoch": ("lr-too-low", "warmup-too-long"),
+    "weights-not-moved": ("lr-too-low", "no-gradient", "run-plateau"),
     "warmup-too-long": ("lr-too-low",),
 }
 
@@ -55,6 +56,8 @@ def _room_is_usual(finding: Finding) -> bool:
     """Whether targets usually fit well, so that those that do not are an exception with a reason of its own."""
     return float(finding.evidence.get("median fill", 1.0)) < 0.75
 
+
+NORMS = "normalisations in eval mode"  # evidence of a model that was trained in eval mode
 
 # Likewise where the cause is only a warning: the effect must be no graver, and the condition must hold for it.
 OF_WARNINGS = {
@@ -72,6 +75,12 @@ def _of_the_tokenizer(finding: Finding, findings: list[Finding]) -> bool:
         other.id == "tokenizer-vocabulary" and other.weight == "prevents" and "folder" in other.evidence
         and ("tokenizer" in error.lower() or other.evidence["folder"] is None and "NoneType" in error)
         for other in findings)
+
+
+def _of_another_mode(finding: Finding, findings: list[Finding]) -> bool:
+    """Whether a finding is of statistics that batches would have in training, and those were in eval mode all along."""
+    return finding.id == "norm-padding" and "change of mean and variance" in finding.evidence and any(
+        not str(other.evidence.get(NORMS, "0 of")).startswith("0 ") for other in findings if other.id == "train-eval-differ")
 
 
 def merge(findings: list[Finding]) -> list[Finding]:
@@ -125,14 +134,19 @@ def _began_there(module: str, source: str) -> bool:
 
 def name_causes(findings: list[Finding]) -> list[Finding]:
     """Findings with the effects of other findings turned into notes, causes first; order is kept otherwise."""
+    findings = [f for f in findings if not _of_another_mode(f, findings)]
     findings = merge(with_source_of_nan(findings))
     stopping = {finding.id for finding in findings if finding.weight == "prevents"}
     # Of two that cause each other by this table none is the first: both stay.
-    first = {id for id in stopping if not any(id in EFFECTS.get(other, ()) for other in stopping - {id})}
+    effects = dict(EFFECTS)
+    if any(f.id == "time-scrambled" and "seconds late" in f.evidence for f in findings):
+        # The probes' utterances are over before anything of them comes out: nothing of the input, and no gradient.
+        effects["vanishes"] = tuple(id for id in EFFECTS["vanishes"] if id != "time-scrambled")
+    first = {id for id in stopping if not any(id in effects.get(other, ()) for other in stopping - {id})}
     warned = {finding.id for finding in findings if finding.weight == "warning"}
     out = []
     for finding in findings:
-        causes = [cause for cause in first if cause != finding.id and finding.id in EFFECTS.get(cause, ())]
+        causes = [cause for cause in first if cause != finding.id and finding.id in effects.get(cause, ())]
         if not causes and finding.weight == "warning":
             causes = [cause for cause in warned & set(OF_WARNINGS) if finding.id in OF_WARNINGS[cause]
                       and OF_WARNINGS[cause][finding.id](finding)]

@@ -14,6 +14,7 @@ from statistics import median
 
 from tools.doctor import folders, saved
 from tools.doctor.bands import corpus_of
+from tools.doctor.chain import chained
 from tools.doctor.curves import STEP_NAMES, joined, read_csv, read_events
 from tools.doctor.finding import Finding
 from tools.doctor.logs import LOGS, begins_anew, goes_on, log_files, read_logs, run_ended
@@ -208,7 +209,8 @@ def files_of_the_run(subject):
 
     trace = trace_of(subject)
     if several := subject.__dict__.get("_several"):
-        yield _several_runs(*several, subject.run, 0.8 if _never_resumed(subject) else 0.9)
+        one = _never_resumed(subject) or chained(several[1], read_run)
+        yield _several_runs(*several, subject.run, 0.8 if one else 0.9)
     for path, why in trace.unread.items():
         if "tfevents" in path.name and trace.series:  # a run that was begun again leaves some without a scalar
             continue
@@ -266,7 +268,7 @@ def _several_runs(folder: Path, every: list[Path], taken: Path, confidence: floa
         "input-unreadable", "warning",
         f"{folder} holds {len(every)} runs: {', '.join(names[:8])}{', ...' if len(names) > 8 else ''}; only "
         f"{taken.relative_to(folder)}, the newest, is examined.",
-        "Each of them begins anew, so their curves are not one.", {"runs": names},
+        "Each of them begins at step 0, so their curves are not one.", {"runs": names},
         [f"python -m tools.doctor explain {path}" for path in every if path != taken][:4], confidence,
         where=str(folder))
 
@@ -292,6 +294,9 @@ def end_of_the_run(subject):
     trace = trace_of(subject)
     if not (trace.series or trace.messages):
         raise NotExamined("no curve in this folder, and no log says how it ended")
+    if (again := chained(subject.__dict__.get("_several", (None, []))[1], read_run)) is not None:
+        yield again
+        return
     if "run-ended" in trace.reported:
         return  # the callback has seen it
     last, planned = trace.last_step, trace.planned

@@ -7,9 +7,10 @@ import math
 import torch
 
 from tools.doctor.finding import Finding
-from tools.doctor.loss import call_loss, run_training_step
+from tools.doctor.loss import call_loss
 from tools.doctor.registry import NotExamined, check
 from tools.doctor.trained import FROM_TRAINED, judged, started_from
+from tools.doctor.training_step import run_training_step
 
 TRIES = range(6, 13)  # seeds of further steps, where some modules were not reached
 
@@ -21,6 +22,8 @@ def backward(probe, seed: int = 5) -> tuple[dict[str, float], str]:
     """
     step = run_training_step(probe, seed)
     loss, source = step.loss, "training_step"
+    if step.backward:  # what it returns is for the log
+        return sizes_of(probe.model), "training_step, backwards by itself"
     if loss is not None and not loss.requires_grad:
         return {name: -1.0 for name, p in probe.model.named_parameters() if p.requires_grad}, source
     # Of targets that do not fit NeMo makes a loss of 0, which says nothing of the model: the lengths do.
@@ -34,8 +37,13 @@ def backward(probe, seed: int = 5) -> tuple[dict[str, float], str]:
     if not bool(torch.isfinite(loss.detach())):
         raise NotExamined(f"the loss of the probe's batch is {float(loss.detach())}")
     loss.backward()
+    return sizes_of(probe.model), source
+
+
+def sizes_of(model) -> dict[str, float]:
+    """Trainable parameter -> root mean square of its gradient, -1 where there is none."""
     return {name: -1.0 if p.grad is None else float(p.grad.double().square().mean().sqrt())
-            for name, p in probe.model.named_parameters() if p.requires_grad}, source
+            for name, p in model.named_parameters() if p.requires_grad}
 
 
 def _wake(model) -> bool:
@@ -283,24 +291,7 @@ def parameters_are_optimised(subject):
         )
     crawling = [name for name, p in trainable.items() if id(p) in slow]
     if crawling:
-        rate, top = slow[id(trainable[crawling[0]])]
-        share = sum(trainable[name].numel() for name in crawling) / max(total, 1)
-        # Where there is only a model, nothing says that it does not come from a training of before.
-        whole = subject.settings is not None and bool(subject.settings.prefix)
-        from_scratch = whole and not any(subject.settings.get(key) for key in FROM_TRAINED)
-        yield Finding(
-            "lr-too-low",
-            "prevents" if share > 0.1 and from_scratch else "warning",
-            f"{len(crawling)} of {len(trainable)} trainable parameter tensors ({share:.0%} of all values) have a group "
-            f"of their own with a learning rate of {rate:.1g}, others {top:.1g}: {', '.join(parts(crawling)[:6])}.",
-            "Groups are left over from a fine-tuning, whose encoder was to stay as it was. From scratch it stays "
-            "random.",
-            {"tensors": len(crawling), "share of values": round(share, 4), "rate": rate, "highest rate": top,
-             "groups from": source},
-            ["leave model.optim_param_groups out", "or give the group the recipe's learning rate"],
-            0.9,
-            where="model.optim_param_groups",
-        )
+        yield _crawling(subject, crawling, trainable, slow, source)
 
 
 @check("gradients", faults=("not-in-optimizer",), needs=("model",))
@@ -329,6 +320,38 @@ def modules_are_registered(subject):
         ["nn.ModuleList([...]) in place of the list, nn.ModuleDict in place of the dict"],
         0.95,
         where=parts(list(used))[0],
+    )
+
+
+def _crawling(subject, names: list[str], trainable: dict, slow: dict, source: str) -> Finding:
+    """The finding of parameters whose groups hardly learn."""
+    from nemo.core.classes import ModelPT
+
+    rates = sorted({slow[id(trainable[name])][0] for name in names})
+    top = slow[id(trainable[names[0]])][1]
+    share = sum(trainable[name].numel() for name in names) / max(sum(p.numel() for p in trainable.values()), 1)
+    # Where there is only a model, nothing says that it does not come from a training of before.
+    whole = subject.settings is not None and bool(subject.settings.prefix)
+    from_scratch = whole and not any(subject.settings.get(key) for key in FROM_TRAINED)
+    own = type(subject.model).configure_optimizers is not ModelPT.configure_optimizers
+    one = len(rates) == 1
+    return Finding(
+        "lr-too-low",
+        "prevents" if share > 0.1 and from_scratch else "warning",
+        f"{len(names)} of {len(trainable)} trainable parameter tensors ({share:.0%} of all values) have "
+        + (f"a group of their own with a learning rate of {rates[0]:.1g}, others {top:.1g}: " if one else
+           f"groups with learning rates from {rates[0]:.1g} to {rates[-1]:.1g}, where the highest is {top:.1g}: ")
+        + f"{', '.join(parts(names)[:6])}.",
+        ("Groups are left over from a fine-tuning, whose encoder was to stay as it was. From scratch it stays random." if one
+         else "A decay by layer was counted over parameters in place of layers, or from the wrong end: it falls by orders of "
+              "magnitude within the model, and what has next to no rate stays as it was initialised."),
+        {"tensors": len(names), "share of values": round(share, 4), "rate": rates[0], "lowest and highest of these":
+         [rates[0], rates[-1]], "highest rate": top, "groups": len(rates), "groups from": source},
+        ["configure_optimizers: " + ("one group, with the recipe's learning rate" if one else
+                                     "one rate for all; a decay by layer only in a fine-tuning, 0.8 and more a layer")]
+        if own else ["leave model.optim_param_groups out", "or give the group the recipe's learning rate"],
+        0.9,
+        where="configure_optimizers" if own else "model.optim_param_groups",
     )
 
 

@@ -22,7 +22,7 @@ def guarded(hook):
         except Exception as error:
             self._off = True
             self._listener.close()
-            self._stop_watching()
+            self._scan.stop()
             reason = f"{type(error).__name__} in {hook.__name__}: {' '.join(str(error).split())[:200]}"
             self.not_examined.append(f"run: after step {trainer.global_step} the callback was off: {reason}")
             log.warning("doctor: switched off, the run goes on: %s", reason, exc_info=True)

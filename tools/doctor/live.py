@@ -10,16 +10,13 @@ import warnings
 from dataclasses import replace
 from pathlib import Path
 
-from tools.doctor.autopsy import Output
-from tools.doctor.finding import Finding, Plot, Report
+from tools.doctor.finding import Finding, Report
 from tools.doctor.trace import Trace
 from tools.doctor.trained import copies, judged, left_out, started_from
 from tools.doctor.trials import left_from_a_trial
 
 log = logging.getLogger("doctor")
 
-LARGE = 1e4  # an output beyond this is on its way out; those of models that train stay below
-GROWS = 1e3  # times from the first frames to the last
 SHORT = 20  # steps within which a schedule rises that may be made for epochs
 MOST_REHEARSED = 5000  # steps of a schedule
 
@@ -233,41 +230,19 @@ def _apart(scheduler, optimizers: dict):
     return copied
 
 
-def scanned(outputs: list[Output], trace: Trace) -> list[Finding]:
-    """A finding where a module's output, still finite, is far larger than any that trains."""
-    large = [o for o in outputs if o.finite and o.largest > LARGE and "preprocessor" not in o.name and "featurizer" not
-        in o.name]
-    if not large or trace.bad is not None:
-        return []
-    first = large[0]
-    values = [v for v in (first.growth or ([], []))[1] if math.isfinite(v)]
-    times = max(values) / max(values[0], 1e-30) if len(values) > 3 else 0.0
-    in_time = times > GROWS
-    plots = [Plot("Largest output of each module, in order of execution", "module", "largest absolute value",
-                  {"": (list(range(1, len(outputs) + 1)), [o.largest for o in outputs])},
-                  f"the first above {LARGE:g} is {first.name}")]
-    if first.growth:
-        plots.append(Plot(f"Largest output of {first.name} over time", "frame", "largest absolute value",
-            {"": first.growth}))
-    return [Finding(
-        "explodes", "warning",
-        f"The output of {first.name} ({first.kind}) reaches {first.largest:.2g} at step {trace.last_step + 1}"
-        + (f", growing {times:.2g} times from the first frames to the last." if in_time else "."),
-        "A recurrence without a bound and without normalisation grows exponentially with the utterance." if in_time
-        else "Nothing keeps the scale between the layers; the next step may be infinite.",
-        {"largest output": first.largest, "seen at step": trace.last_step + 1,
-         "modules above 1e4": [o.name for o in large][:8]},
-        [f"a bounded or gated recurrence in {first.name}" if in_time else f"a normalisation before {first.name}",
-         f"a lower {trace.key('model.optim.lr')} only delays it"], 0.8 if in_time else 0.6, where=first.name,
-         plots=plots)]
-
-
 def follow_rate(findings: list[Finding]) -> list[Finding]:
     """Findings, with outputs that grew large only in training as what a learning rate that is too high has made."""
     if not any(f.id == "lr-too-high" and f.weight == "prevents" for f in findings):
         return findings
     return [replace(f, weight="note", symptom=f"{f.symptom} This follows from lr-too-high: mend that first.")
             if f.id == "explodes" and f.evidence.get("seen at step", 1) > 1 else f for f in findings]
+
+
+def not_contradicted(findings: list[Finding], trace: Trace) -> list[Finding]:
+    """Findings without that of a loss that reaches no parameter, where all had a gradient in the run's own steps: it is
+    the probe that does not run the step as the run does."""
+    return [f for f in findings if f.id != "no-gradient" or trace.still != []
+            or f.evidence.get("not reached") != f.evidence.get("of")]
 
 
 PROBES = ("outputs", "lengths", "invariance", "locality", "labels", "loss", "gradients", "weights", "neighbours", "depth",

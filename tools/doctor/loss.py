@@ -2,22 +2,17 @@
 
 from __future__ import annotations
 
-import contextlib
-from collections.abc import Iterator
-
 import torch
 from torch import Tensor
 from torch.nn import functional as F
 
 from tools.doctor.finding import Finding
 from tools.doctor.registry import NotExamined, check
+from tools.doctor.training_step import Terms, run_training_step, terms
 
 TOLERANCE = 0.01  # relative
 ALIKE = 0.3  # correlation of outputs in time above which they are of the same audio, be it faster, slower or masked
 UNLIKE = 0.15  # and below which they have nothing to do with each other
-STILL = 1e-3  # change of outputs in time, by their spread over labels too, under which there is nothing to compare
-# Attributes of a model, for one step.
-STOOD_IN_FOR = ("log", "log_dict", "_trainer", "_optimizer", "_train_dl", "forward")
 
 
 def call_loss(model, log_probs: Tensor, targets: Tensor, input_lengths: Tensor, target_lengths: Tensor) -> Tensor:
@@ -142,6 +137,7 @@ def training_step_uses_it(subject):
         raise NotExamined("the model names no labels")
     with probe.ready(train=True):
         step = run_training_step(probe)
+        made_of = terms(step, probe.model) if step.loss is not None else None
     if step.loss is None:
         raise NotExamined(f"the training step does not run outside a trainer ({step.error})")
     if step.loss.numel() != 1:
@@ -185,25 +181,52 @@ def training_step_uses_it(subject):
     # NeMo's loss on the right inputs, and then something on top: an auxiliary term or a scale that may be meant.
     on_top = bool(step.calls) and not wrong and own > 0 and 0.2 < own / max(expected[nearest], 1e-9) < 5
     unlike = wrong == ["audio"]
+    shown = _reduction(step, width - 1) or nearest
+    plus = made_of if not wrong and made_of is not None and abs(made_of.rest) > 2 * TOLERANCE * abs(own) else None
     given = [name for name in wrong if name != "audio"]
     yield Finding(
         "loss-wrong",
         "warning" if on_top or unlike and near and alike > UNLIKE else "prevents",
-        f"A training step's loss is {own:.4g}; the CTC loss of the same outputs and targets is {expected[nearest]:.4g} "
-        f"({nearest})." + (f" The loss is given other {', '.join(given)} than the batch and the model have."
+        f"A training step's loss is {own:.4g}; the CTC loss of the same outputs and targets is {expected[shown]:.4g} "
+        f"({shown})." + ("" if plus is None else _told(plus)) + (f" The loss is given other {', '.join(given)} than the batch and the model have."
                            if given else "")
         + (" The model's outputs in the step are not those of the batch's audio, nor of the same audio faster, slower "
            "or more than once." if "audio" in wrong else ""),
         "Between the batch and the number that is minimised something is changed: other audio, other targets, lengths "
-        "of the input for those of the output, a scale, a term that swamps the rest.",
+        "of the input for those of the output, a scale, a term that swamps the rest." if plus is None else
+        "Another term is added to the CTC loss" + (", and it dominates: steps follow it more than CTC" if plus.pull > 1 else "")
+        + ". It may be meant. An entropy or confidence term with the wrong sign drives the outputs to blanks; a teacher "
+        "that is not trained teaches noise; a sum over frames outweighs a mean.",
         {"own": own, **{f"CTC, {name}": value for name, value in expected.items()}, "given otherwise": wrong,
          **({"likeness of the outputs to those of the batch": round(alike, 3)} if "audio" in wrong else {}),
+         **({} if plus is None else {"weight of CTC in it": plus.weight, "the rest": plus.rest, "gradient of the rest by CTC's":
+                                     plus.pull, "cosine of the two": plus.cosine}),
          **({"losses in the step": values} if len(values) > 1 else {})},
-        ["training_step: loss = self.loss(log_probs=log_probs, targets=transcript, input_lengths=encoded_len, "
-         "target_lengths=transcript_len)"],
+        ([] if plus is None else ["train with the CTC loss alone first; then add the other term with its weight from 0 up"])
+        + ["training_step: loss = self.loss(log_probs=log_probs, targets=transcript, input_lengths=encoded_len, "
+           "target_lengths=transcript_len)"],
         0.6 if on_top else 0.75 if unlike else 0.9,
         where="training_step",
     )
+
+
+def _reduction(step, blank: int) -> str | None:
+    """The reduction of the model's own loss, by what it made of what it was given; None where none fits."""
+    if not step.calls:
+        return None
+    given, value = step.calls[0]
+    try:
+        made = reductions(reference(*given, blank), given[3])
+    except (RuntimeError, IndexError):  # given in a form of its own
+        return None
+    # torch's own mean last: of utterances of one length it is the same as NeMo's.
+    return next((name for name in ("mean_batch", "mean_volume", "sum", "mean")
+                 if abs(made[name] - value) <= 2 * TOLERANCE * abs(made[name])), None)
+
+
+def _told(plus: Terms) -> str:
+    return (f" CTC goes into it with a weight of {plus.weight:.3g}, and another term adds {plus.rest:.3g}; the other term's gradient is "
+            f"{plus.pull:.2g} times CTC's.")
 
 
 def _otherwise(given, truth) -> list[str]:
@@ -223,196 +246,3 @@ def _otherwise(given, truth) -> list[str]:
     wrong += [] if right else ["targets"]
     wrong += [] if same(frames.reshape(-1), true_frames) else ["input lengths"]
     return wrong + ([] if same(sizes.reshape(-1), true_sizes) else ["target lengths"])
-
-
-class TrainingStep:
-    """A training step that was run.
-
-    Attributes:
-        loss: what it returned, None where it does not run.
-        calls: of each CTC loss computed in it, (log-probs, targets, input lengths, target lengths) and its value.
-        aside: values of CTC losses that are other modules than `model.loss`: of inner layers with labels of their own,
-            which no one else's targets can be held against.
-        outputs: (log-probs (B', T, V+1), lengths (B')) of the one forward pass in it, None where there was another
-            number of them.
-        plain: the same (B) of the batch by a forward pass of one's own, with targets (B, S) and their lengths (B).
-    """
-
-    def __init__(self):
-        self.loss: Tensor | None = None
-        self.calls: list[tuple[tuple, float]] = []
-        self.aside: list[float] = []
-        self.outputs: tuple[Tensor, Tensor] | None = None
-        self.plain: tuple | None = None
-        self.error = ""
-
-    @property
-    def given(self) -> tuple | None:
-        """What the first loss was given: that of the last layer."""
-        return self.calls[0][0] if self.calls else None
-
-    def seen(self) -> tuple[tuple, float]:
-        """((log-probs, targets, input lengths, target lengths) as they ought to be in the step, likeness).
-
-        A step may train on the batch faster or slower, or on several views of it: then its own outputs are what the
-        loss has to be of, with the batch's targets once a view. Where they belong to other audio, their likeness to
-        those of the batch is about 0.
-        """
-        out, targets, frames, sizes = self.plain
-        if self.outputs is None:
-            return self.plain, 1.0
-        own, lengths = self.outputs
-        views, rest = divmod(len(own), max(len(out), 1))
-        if rest or not views or own.shape[2] != out.shape[2]:
-            return self.plain, 1.0
-        orders = [torch.arange(len(out)).repeat(views), torch.arange(len(out)).repeat_interleave(views)]
-        alike = [likeness(own, lengths, out[rows.to(out.device)], frames[rows.to(out.device)]) for rows in orders]
-        best = max(alike)
-        rows = orders[alike.index(best)].to(out.device)
-        return (own, targets[rows], lengths, sizes[rows]), best
-
-
-def likeness(own: Tensor, lengths: Tensor, out: Tensor, frames: Tensor) -> float:
-    """How much outputs (B, T, V+1) with lengths (B) are others stretched in time: the median of their correlations.
-
-    0 where a length is less than half or more than twice what it was. Utterances whose output does not change in time
-    say nothing, and of such alone it is 1.
-    """
-    if bool(((lengths > 2 * frames) | (2 * lengths < frames)).any()):
-        return 0.0
-    found = []
-    for row in range(len(own)):
-        one, two = own[row, : int(lengths[row])].float(), out[row, : int(frames[row])].float()
-        if len(one) < 4 or len(two) < 4:
-            continue
-        two = F.interpolate(two.T[None], size=len(one), mode="linear", align_corners=False)[0].T
-        level = float(two.std())
-        one, two = one - one.mean(dim=0), two - two.mean(dim=0)
-        if not float(two.square().mean().sqrt()) > STILL * level:
-            continue
-        found.append(float((one * two).sum() / (one.norm() * two.norm()).clamp(min=1e-12)))
-    return sorted(found)[len(found) // 2] if found else 1.0
-
-
-def run_training_step(probe, seed: int = 5) -> TrainingStep:
-    """Runs `training_step` on a batch of the probe's, without a trainer; call it inside `ready(train=True)`."""
-    model = probe.model
-    step = TrainingStep()
-    batch = training_batch(probe)
-    audio, audio_lengths, targets, sizes, ids = batch
-    torch.manual_seed(seed)
-    with torch.no_grad():
-        out = model.forward(input_signal=audio, input_signal_length=audio_lengths)
-    step.plain = (out[0].detach().float(), targets, out[1].detach(), sizes)
-    own_loss, own_forward = model.loss, model.forward
-    passes: list[tuple[Tensor, Tensor]] = []
-
-    def remember(module, args, kwargs, value):
-        values = [*args, *kwargs.values()] if not kwargs else [
-            kwargs.get(name, args[i] if i < len(args) else None)
-            for i, name in enumerate(("log_probs", "targets", "input_lengths", "target_lengths"))]
-        if len(values) >= 4 and all(isinstance(v, Tensor) for v in values[:4]) and isinstance(value, Tensor):
-            step.calls.append((tuple(v.detach() for v in values[:4]), float(value.detach().sum())))
-
-    def forward(*args, **kwargs):
-        result = own_forward(*args, **kwargs)
-        if isinstance(result, (tuple, list)) and len(result) > 1 and all(isinstance(r, Tensor) for r in result[:2]):
-            passes.append((result[0].detach().float(), result[1].detach()))
-        return result
-
-    handles = []
-    if isinstance(own_loss, torch.nn.Module):
-        handles = [own_loss.register_forward_hook(remember, with_kwargs=True)] + [
-            module.register_forward_hook(lambda module, args, value: step.aside.append(float(value.detach().sum())))
-            for module in model.modules()
-            if type(module) is type(own_loss) and module is not own_loss
-        ]
-    try:
-        with without_trainer(model, forward):
-            torch.manual_seed(seed)
-            result = model.training_step(batch if of_the_recipes(model) else batch[:4], 0)
-        loss = result["loss"] if isinstance(result, dict) else result
-        step.loss = loss if isinstance(loss, Tensor) else None
-        step.error = "" if step.loss is not None else "it returns no loss"
-    except Exception as error:  # anybody's training step
-        step.error = f"{type(error).__name__}: {' '.join(str(error).split())[:150]}"
-    finally:
-        for handle in handles:
-            handle.remove()
-    step.outputs = passes[0] if len(passes) == 1 and passes[0][0].dim() == 3 else None
-    return step
-
-
-class _Anything:
-    """Stands for a trainer or an optimizer in one training step: every attribute is there."""
-
-    log_every_n_steps = 10**9
-    param_groups = [{"lr": 0.0}]
-    world_size = 1
-
-    def __init__(self, step: int = 0):
-        self.global_step = step
-
-    def __getattr__(self, name):
-        if name.startswith("__"):
-            raise AttributeError(name)
-        return _Anything()
-
-    def __call__(self, *args, **kwargs):
-        return None
-
-    def __iter__(self):
-        return iter(())
-
-    def __bool__(self):
-        return False
-
-
-@contextlib.contextmanager
-def without_trainer(model, forward) -> Iterator[None]:
-    """Lets a step run, with this `forward`: a trainer of no consequence, logging that goes nowhere."""
-    held = {name: vars(model)[name] for name in STOOD_IN_FOR if name in vars(model)}
-    step = getattr(held.get("_trainer"), "global_step", 0)  # of a run that is asked in the middle
-    object.__setattr__(model, "log", lambda *args, **kwargs: None)
-    object.__setattr__(model, "log_dict", lambda *args, **kwargs: None)
-    object.__setattr__(model, "_optimizer", _Anything())
-    object.__setattr__(model, "_trainer", _Anything(step))
-    object.__setattr__(model, "_train_dl", None)  # ours keeps count of the batches that were trained on
-    object.__setattr__(model, "forward", forward)
-    try:
-        yield
-    finally:
-        for name in STOOD_IN_FOR:
-            vars(model).pop(name, None)
-            if name in held:
-                object.__setattr__(model, name, held[name])
-
-
-def of_the_recipes(model) -> bool:
-    """Whether it is a model of this repository, whose batches have ids."""
-    return "recipes.ctc_model" in {kind.__module__ for kind in type(model).__mro__}
-
-
-def training_batch(probe):
-    """(audio (B, samples), lengths, targets (B, S), lengths, ids) of four items; targets of their texts, or made up."""
-    from tools.doctor.labels import encode_text
-
-    items = probe.items()
-    audio, audio_lengths = probe.audio_batch(items)
-    width = len(probe.vocabulary)
-    targets = []
-    for row, item in enumerate(items):
-        try:
-            target = encode_text(probe, item.text) if item.text else []
-        except Exception:  # characters outside the labels: told elsewhere
-            target = []
-        targets.append([t for t in target if 0 <= t < width] or [(7 * row + 3 * i) % width for i in range(5)])
-    # What would not fit is no matter of the loss.
-    room = (audio_lengths * 100 // probe.sample_rate // 16).tolist()
-    targets = [target[: max(int(r), 2)] for target, r in zip(targets, room)]
-    sizes = torch.tensor([len(target) for target in targets])
-    padded = torch.zeros(len(targets), int(sizes.max()), dtype=torch.long)
-    for row, target in enumerate(targets):
-        padded[row, : len(target)] = torch.tensor(target)
-    ids = [f"probe-{row}" for row in range(len(items))]
-    return audio, audio_lengths, padded.to(probe.device), sizes.to(probe.device), ids

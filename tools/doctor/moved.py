@@ -19,7 +19,8 @@ class Moved:
     Where `look` is set, some matrices are held from before a step and from after it, and compared with what they are
     before the next: the share of the step that was taken back meanwhile is added to the trace as `undone`. A weight
     average that is swapped in for a validation and out again leaves nothing of that. The cosine between the step and
-    the gradient that it was made with, turned round, is added as `downhill`.
+    the gradient that it was made with, turned round, is added as `downhill`. Where gradients were there after the
+    backward pass, `cleared` is 1 if they are gone when the step is made, else 0.
 
     counted: gives a context in which the time that this takes is counted.
     """
@@ -31,6 +32,7 @@ class Moved:
         self.look, self.batches, self.steps = False, 0, 0
         self._before: list | None = None
         self._after: list | None = None
+        self._pull: torch.Tensor | None = None  # size of the gradients after the last backward pass
         hooks = [getattr(o, name, None) for o in optimizers for name in ("register_step_pre_hook",
                                                                         "register_step_post_hook")]
         alone = len(optimizers) == 1 and all(hooks)  # of several each moves its own part, at its own steps
@@ -41,8 +43,18 @@ class Moved:
             handle.remove()
         self._handles = []
 
+    def backward(self) -> None:
+        """To be called after each backward pass."""
+        if self.look and self._handles:
+            self._pull = size_of([p.grad for p in self.parameters])
+
     def _before_step(self, *_) -> None:
         with self.counted():
+            if self._pull is not None:
+                there, now = torch.stack([self._pull, size_of([p.grad for p in self.parameters]).to(self._pull)]).tolist()
+                if 0 < there < math.inf:
+                    self.trace.add("cleared", self.steps, float(now == 0))
+                self._pull = None
             if self._after is not None:
                 share = undone(self._before, self._after, self.parameters)
                 if math.isfinite(share):
@@ -82,6 +94,12 @@ class Moved:
             {"batches": self.batches, "batches an epoch": str(epoch), "automatic optimization": not manual,
              "accumulate_grad_batches": trainer.accumulate_grad_batches},
             fix, 0.9, where="training_step" if manual else "optimizer")
+
+
+def size_of(gradients: list) -> torch.Tensor:
+    """Norm of those that are there, a scalar tensor."""
+    present = [g.detach() for g in gradients if g is not None and not g.is_sparse]
+    return torch.stack([g.float().norm() for g in present]).norm() if present else torch.zeros(())
 
 
 @torch.no_grad()

@@ -55,6 +55,9 @@ def untouched(model: nn.Module) -> Iterator[None]:
              for module in model.modules()]
     held = {name: vars(model).get(name) for name in HELD}
     held["infeasible_seen"] = set(held["infeasible_seen"]) if held["infeasible_seen"] is not None else None
+    own = [(value, value.bit_generator.state if isinstance(value, np.random.Generator) else value.getstate())
+           for module in model.modules() for value in vars(module).values()
+           if isinstance(value, (np.random.Generator, random.Random))]
     state = random.getstate(), np.random.get_state(), torch.get_rng_state()
     cuda = torch.cuda.get_rng_state_all() if torch.cuda.is_initialized() else None
     gradients = torch.is_grad_enabled()
@@ -85,6 +88,11 @@ def untouched(model: nn.Module) -> Iterator[None]:
         for name, value in held.items():
             if name in vars(model) or value is not None:
                 object.__setattr__(model, name, value)
+        for generator, held_state in own:
+            if isinstance(generator, np.random.Generator):
+                generator.bit_generator.state = held_state
+            else:
+                generator.setstate(held_state)
         random.setstate(state[0])
         np.random.set_state(state[1])
         torch.set_rng_state(state[2])

@@ -9,6 +9,7 @@ from tools.doctor.finding import Finding
 from tools.doctor.nonfinite import lr_too_high
 from tools.doctor.registry import NotExamined
 from tools.doctor.trace import EARLY_STEPS, OVER_STEPS, Trace, shape, still_rising
+from tools.doctor.unmoved import gone
 
 TINY_UPDATE, HUGE_UPDATE = 1e-6, 0.1  # of the weights' size in one step, as a rule
 LEAP = 0.5  # and once, among the first
@@ -34,9 +35,36 @@ def learning_rate(trace: Trace) -> list[Finding]:
         key = trace.key("model.optim.lr")
         return [Finding("lr-zero", "prevents", f"The learning rate is 0 in all {rates[-1][0]} steps.",
                         "Nothing is updated.", {"steps": rates[-1][0]}, [f"{key}=1e-3"], 1.0, where=key, plots=plots)]
+    if (over := _over_early(trace, rates, plots)) is not None:
+        return [over]
     if curve is not None and curve.learned and not curve.lost:
         return []
     return [*_too_low(trace, curve, rates, plots), *_too_high(trace, curve, rates, updates, plots)]
+
+
+def _over_early(trace: Trace, rates, plots) -> Finding | None:
+    """A schedule that falls to its end over the whole run, and was there long before."""
+    settings = trace.settings
+    if settings is None:
+        return None
+    name, steps = str(settings.get("model.optim.sched.name") or ""), trace.planned or settings.number("model.optim.sched.max_steps")
+    if not name.lower().startswith(("cosine", "square", "polynomial", "warmup")) or not steps or len(rates) < 10:
+        return None
+    if "schedule-per-epoch" in trace.reported:
+        return None  # the callback has counted
+    steps -= settings.number("model.optim.sched.constant_steps") or 0  # at the end, by NeMo
+    peak, last = max(v for _, v in rates), rates[-1][1]
+    end = next((rates[k][0] for k in range(len(rates)) if all(v <= 1.02 * last for _, v in rates[k:])), steps)
+    if not 0 <= last < SMALL * peak or end > 0.6 * steps or rates[-1][0] < end + 0.15 * steps:
+        return None
+    return Finding(
+        "schedule-per-epoch", "warning",
+        f"{name} is made for {steps:.0f} steps, and its rate was at its lowest, {last:.2g}, from step {end} on.",
+        "It is stepped more than once to each step of the optimizer: by Lightning and by hand (on_train_batch_end, "
+        "training_step), or at each batch where the optimizer steps after several. From there on next to nothing is learned.",
+        {"at its lowest from step": end, "steps of the schedule": steps, "highest rate": peak, "lowest": last},
+        ["take scheduler.step() out of the hook: Lightning steps what configure_optimizers returns"], 0.9,
+        where="on_train_batch_end", plots=plots)
 
 
 def _too_low(trace: Trace, curve, rates, plots) -> list[Finding]:
@@ -65,6 +93,8 @@ def _too_low(trace: Trace, curve, rates, plots) -> list[Finding]:
             where=trace.key("model.optim.sched"), plots=plots)]
     # In a warm-up the first steps move nothing, and are meant to.
     updates = [v for s, v in trace.get("update") if s > (trace.warmup or 0) and math.isfinite(v) and v >= 0]
+    if gone(trace):
+        return []  # the rate has no part in it
     if len(updates) >= 3 and median(updates) < TINY_UPDATE and trace.last_step >= 50 and not still_rising(rates):
         key = trace.key("model.optim.lr")
         return [Finding(

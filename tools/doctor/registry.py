@@ -36,7 +36,7 @@ FAMILIES: dict[str, tuple[str, tuple[str, ...]]] = {
     "lengths": ("tools.doctor.lengths", ("model",)),
     "labels": ("tools.doctor.labels", ("model",)),
     "loss": ("tools.doctor.loss", ("model",)),
-    "gradients": ("tools.doctor.gradients", ("model",)),
+    "gradients": ("tools.doctor.gradients tools.doctor.slopes", ("model",)),
     "optimizer": ("tools.doctor.optimizer tools.doctor.steps", ("model",)),
     "weights": ("tools.doctor.weights", ("model",)),
     "locality": ("tools.doctor.locality tools.doctor.delay", ("model",)),

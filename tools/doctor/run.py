@@ -16,10 +16,10 @@ from tools.doctor.rates import learning_rate
 from tools.doctor.registry import NotExamined, check
 from tools.doctor.silent import silent, wordless
 from tools.doctor.trace import EARLY_STEPS, LATE_STEPS, LETTERS_ONLY, OVER_STEPS, Trace, shape
+from tools.doctor.unmoved import undone, unmoved, uphill
 
 BLANK, LETTER = 0.97, 0.9
 SLOW_DATA = 0.3
-UPHILL = -0.05  # cosine of steps with the way down their gradients, under which they go up
 OTHER_UNIT = 5.0  # a first validation's loss by the train loss: above it is counted in another unit
 HIDDEN_WARNING, HIDDEN_STOPS = 0.001, 0.3  # share of utterances whose loss is infinite
 
@@ -224,60 +224,6 @@ def hidden_losses(trace: Trace) -> list[Finding]:
         ["lower the encoder's subsampling factor, or use a larger sub-word vocabulary",
          "leave these utterances out; look whether their audio and text belong together"],
         0.95, where="loss")]
-
-
-def unmoved(trace: Trace) -> list[Finding]:
-    """Parameters without gradient, or that no step has moved."""
-    if trace.still is None:
-        raise NotExamined("the gradients were not seen")
-    if not trace.still:
-        return []
-    encoder = [name for name in trace.still if "encoder" in name]
-    heavy = bool(encoder) and trace.still_share > 0.5
-    return [Finding(
-        "no-gradient", "prevents" if heavy else "warning",
-        f"{len(trace.still)} parameter tensors had no gradient in any step, first {trace.still[0]}.",
-        "They are detached from the loss, frozen, or not used in the forward pass.",
-        {"parameters": trace.still[:12], "tensors": len(trace.still)},
-        ["look for .detach(), .data, torch.no_grad() or requires_grad=False on the way from them to the loss",
-         "a layer that is built but not called: delete it"], 0.8, where=trace.still[0])]
-
-
-def undone(trace: Trace) -> list[Finding]:
-    """Steps that are taken back before the next one."""
-    shares = trace.values("undone")
-    if len(shares) < 3:
-        raise NotExamined("the weights after a step were not held against those before the next")
-    share = median(shares)
-    if share < 0.5:
-        return []
-    return [Finding(
-        "weights-not-moved", "prevents" if share > 0.9 else "warning",
-        f"{min(share, 1.0):.1%} of each optimizer step is taken back before the next: the weights are not where the "
-        "optimizer put them.",
-        "Something writes the weights between two steps: an average or a saved copy that is put into the model and never "
-        "taken out, or a callback that restores.",
-        {"share taken back": round(share, 4), "steps looked at": len(shares)},
-        ["keep the average beside the model and swap it in for validation only (NeMo: exp_manager.ema.enable=true)",
-         "look in on_train_batch_end of model and callbacks for copy_(), load_state_dict(), .data ="], 0.9,
-        plots=[trace.plot("Share of a step that is taken back", {"undone": "taken back"}, "share")])]
-
-
-def uphill(trace: Trace) -> list[Finding]:
-    """Steps that go up the gradient."""
-    cosines = trace.values("downhill")
-    if len(cosines) < 5:
-        raise NotExamined("too few steps were held against their gradients")
-    if median(cosines) > UPHILL:
-        return []
-    return [Finding(
-        "step-uphill", "prevents",
-        f"The optimizer's steps go up the gradient (cosine with the way down {median(cosines):.2f}).",
-        "Each step makes the loss larger: maximize=True, a negative rate, or a step of one's own that adds where it "
-        "should subtract.",
-        {"cosine with the way down, median": round(median(cosines), 3), "steps looked at": len(cosines)},
-        [f"{trace.key('model.optim.maximize')}=false", "p.sub_(rate * p.grad) in a step of one's own"], 0.9,
-        plots=[trace.plot("Steps against the gradient", {"downhill": "1: straight down"}, "cosine")])]
 
 
 def overfitting(trace: Trace) -> list[Finding]:

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from tools.doctor.finding import Finding
 from tools.doctor.labels import decode_frames, must_decode
-from tools.doctor.loss import of_the_recipes, training_batch, without_trainer
+from tools.doctor.training_step import of_the_recipes, training_batch, without_trainer
 from tools.doctor.metrics import CAUSES
 from tools.doctor.registry import NotExamined, check
 

@@ -127,7 +127,7 @@ def test_a_healthy_run_and_an_average_that_is_swapped_in_and_out(given, tmp_path
         doctor, model = trained(given, tmp_path / name, *callbacks)
         assert len(doctor.trace.values("undone")) >= 3 and max(map(abs, doctor.trace.values("undone"))) < 1e-3
         assert "weights-not-moved" in doctor.report().ruled_out
-        assert not doctor._moved._handles
+        assert not doctor._followed.moved._handles
 
 
 def test_batches_without_a_step(given, tmp_path):

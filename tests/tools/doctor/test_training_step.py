@@ -156,3 +156,86 @@ def test_a_hop_of_a_tenth_of_a_second_is_the_cause_and_the_only_one(tmp_path):
     (finding,) = [f for f in report.findings if f.weight == "prevents"]
     assert (finding.id, finding.where) == ("data-target-too-long", "model.preprocessor.window_stride")
     assert finding.fix[0].startswith("model.preprocessor.window_stride=0.01")
+
+
+def adding(term, weight=1.0, **changes):
+    """NeMo's model with a loss of `weight` times CTC and a term of the log-probs."""
+    model = stock(**changes)
+
+    def training_step(batch, batch_idx):
+        audio, lengths, targets, sizes = batch
+        log_probs, frames, _ = model(input_signal=audio, input_signal_length=lengths)
+        loss = model.loss(log_probs=log_probs, targets=targets, input_lengths=frames, target_lengths=sizes)
+        return {"loss": weight * loss + term(log_probs)}
+
+    model.training_step = training_step
+    return model
+
+
+@pytest.mark.parametrize("reduction", ["mean_batch", "mean_volume"])
+def test_another_term_is_told_apart_and_held_against_the_models_own_reduction(reduction):
+    penalty = adding(lambda y: -2.0 * (y.exp() * y).sum(dim=-1).sum(dim=1).mean(), ctc_reduction=reduction)
+    found = probe(penalty, ["loss"]).findings[0]
+    assert (found.id, found.where) == ("loss-wrong", "training_step") and f"({reduction})" in found.symptom
+    assert found.evidence["weight of CTC in it"] == pytest.approx(1.0) and found.evidence["the rest"] > 1
+    assert found.cause.startswith("Another term is added to the CTC loss") and "alone first" in found.fix[0]
+
+
+def test_a_term_that_outweighs_ctc_dominates():
+    found = probe(adding(lambda y: 300 * y.exp().square().sum(dim=-1).mean(), 0.1), ["loss"]).findings[0]
+    assert found.evidence["weight of CTC in it"] == pytest.approx(0.1, rel=1e-3)
+    assert found.evidence["gradient of the rest by CTC's"] > 1 and "it dominates" in found.cause
+
+
+@pytest.mark.parametrize("cut, returned", [(False, "detached"), (False, "nothing"), (False, "attached"), (True, "detached")])
+def test_a_step_that_goes_backwards_by_itself_has_gradients(cut, returned):
+    model = stock("conv")
+    model.automatic_optimization = False
+
+    def training_step(batch, batch_idx):
+        audio, lengths, targets, sizes = batch
+        x, lengths = model.preprocessor(input_signal=audio, length=lengths)
+        encoded, frames = model.encoder(audio_signal=x, length=lengths)
+        log_probs = model.decoder(encoder_output=encoded.detach() if cut else encoded)
+        loss = model.loss(log_probs=log_probs, targets=targets, input_lengths=frames, target_lengths=sizes)
+        optimizer = model.optimizers()
+        optimizer.zero_grad()
+        model.manual_backward(loss)
+        model.clip_gradients(optimizer, 1.0, "norm")
+        optimizer.step()
+        model.lr_schedulers().step()
+        return {"detached": loss.detach(), "nothing": None, "attached": loss}[returned]
+
+    model.training_step = training_step
+    report = probe(model, ["gradients", "loss"])
+    assert ("no-gradient" in report.ids) is cut and all(p.grad is None for p in model.parameters())
+    assert cut or not report.of_weight("prevents"), report.findings
+
+
+def by_itself(shared, noise=0.02, weight=0.1):
+    """A step that computes module by module, with noise on the audio and a reversed branch: on the output that CTC uses too
+    (`shared`), or on its own."""
+    model = stock()
+
+    def training_step(batch, batch_idx):
+        audio, lengths, targets, sizes = batch
+        audio = audio + noise * torch.randn_like(audio)
+        x, lengths = model.preprocessor(input_signal=audio, length=lengths)
+        encoded, frames = model.encoder(audio_signal=x, length=lengths)
+        branch = encoded if shared else encoded.clone()
+        branch.register_hook(lambda gradient: -gradient)
+        log_probs = model.decoder(encoder_output=encoded)
+        loss = model.loss(log_probs=log_probs, targets=targets, input_lengths=frames, target_lengths=sizes)
+        return {"loss": loss + weight * branch.mean(dim=-1).square().mean()}
+
+    model.training_step = training_step
+    return model
+
+
+def test_a_gradient_that_is_reversed_on_a_shared_output():
+    report = probe(by_itself(shared=True))
+    first = report.findings[0]
+    assert (first.id, first.weight) == ("step-uphill", "prevents") and first.where.startswith("encoder")
+    assert "loss-wrong" not in report.ids
+    own = probe(by_itself(shared=False))
+    assert "step-uphill" in own.ruled_out and not own.of_weight("prevents"), own.findings
