@@ -33,12 +33,15 @@ def planned_steps(trainer) -> int | None:
 def run_folder(trainer) -> Path | None:
     """Where the run writes: NeMo's experiment folder, the first logger's, the trainer's; None where it writes
     nothing."""
+    root = Path(trainer.default_root_dir) if trainer.default_root_dir else None
     state = sys.modules.get("nemo.utils.app_state")
-    if state is not None and (folder := getattr(state.AppState(), "log_dir", None)):
-        return Path(folder)
+    folder = getattr(state.AppState(), "log_dir", None) if state is not None else None
+    # One of the process, which an earlier trainer's exp_manager may have left: it gives its own trainer this root.
+    if folder and root is not None and Path(folder).absolute() == root.absolute():
+        return root
     if trainer.loggers and (folder := trainer.log_dir):
         return Path(folder)
-    return Path(trainer.default_root_dir) if trainer.default_root_dir else None
+    return root
 
 
 def optimizer_findings(trainer, model) -> list[Finding]:

@@ -8,7 +8,7 @@ from torch.nn import functional as F
 
 from tools.doctor.finding import Finding
 from tools.doctor.registry import NotExamined, check
-from tools.doctor.training_step import Terms, run_training_step, terms
+from tools.doctor.training_step import Terms, TrainingStep, run_training_step, terms
 
 TOLERANCE = 0.01  # relative
 ALIKE = 0.3  # correlation of outputs in time above which they are of the same audio, be it faster, slower or masked
@@ -128,6 +128,25 @@ def loss_is_ctc(subject):
         )
 
 
+def _likest_step(probe, tries: int = 3) -> tuple[TrainingStep, Terms | None]:
+    """A training step and its terms: the first whose outputs are like those of the batch, else the likest of some.
+
+    Masks, tempi and dropout are drawn anew in each, and may leave little of a fresh model's outputs in one.
+    """
+    likest = None
+    with probe.ready(train=True):
+        for seed in range(5, 5 + tries):
+            step = run_training_step(probe, seed)
+            if step.loss is None or step.loss.numel() != 1:
+                return step, None
+            alike = step.seen()[1]
+            if likest is None or alike > likest[0]:
+                likest = (alike, step, terms(step, probe.model))
+            if alike >= ALIKE:
+                break
+    return likest[1:]
+
+
 @check("loss", faults=("loss-wrong",), needs=("model",))
 def training_step_uses_it(subject):
     """A training step's loss is the CTC loss of the model's outputs and the batch's targets."""
@@ -135,9 +154,7 @@ def training_step_uses_it(subject):
     width = len(probe.vocabulary) + 1
     if width < 4:
         raise NotExamined("the model names no labels")
-    with probe.ready(train=True):
-        step = run_training_step(probe)
-        made_of = terms(step, probe.model) if step.loss is not None else None
+    step, made_of = _likest_step(probe)
     if step.loss is None:
         raise NotExamined(f"the training step does not run outside a trainer ({step.error})")
     if step.loss.numel() != 1:

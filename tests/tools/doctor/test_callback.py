@@ -17,6 +17,7 @@ from tests.tools.doctor.runs import (
 )
 from tools.doctor.callback import Doctor
 from tools.doctor.finding import Report
+from tools.doctor.live import run_folder
 
 warnings.filterwarnings("ignore")
 logging.getLogger("lightning.pytorch").setLevel(logging.ERROR)
@@ -120,6 +121,25 @@ def test_torch_is_put_back_after_the_run(healthy):
     from torch.nn import functional
 
     assert functional.ctc_loss.__module__ == "torch.nn.functional"
+
+
+def test_a_report_is_not_put_into_the_folder_of_an_earlier_run(tmp_path):
+    from lightning.pytorch import Trainer
+    from lightning.pytorch.loggers import CSVLogger
+    from nemo.utils.app_state import AppState
+    from nemo.utils.exp_manager import exp_manager
+
+    before = getattr(AppState(), "log_dir", None)
+    try:
+        first, second = (Trainer(accelerator="cpu", logger=logger, enable_checkpointing=False, default_root_dir=tmp_path / "root")
+                         for logger in (False, CSVLogger(tmp_path / "own")))
+        exp_manager(first, {"explicit_log_dir": str(tmp_path / "first"), "create_checkpoint_callback": False})
+        assert run_folder(first) == tmp_path / "first"
+        assert run_folder(second) == tmp_path / "own" / "lightning_logs" / "version_0"
+        second._loggers = []
+        assert run_folder(second) == tmp_path / "root"
+    finally:
+        AppState().log_dir = before
 
 
 def test_the_start_of_training_is_no_fault(tmp_path):
