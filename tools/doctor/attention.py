@@ -33,9 +33,9 @@ class Attentions(TorchFunctionMode):
         self._handles = []
         for name, module in model.named_modules():
             self._handles += [module.register_forward_pre_hook(lambda module, args, name=name: self._within.append(name)),
-                              module.register_forward_hook(lambda module, args, out: self._leave(), always_call=True)]
+                              module.register_forward_hook(self._leave, always_call=True)]
 
-    def _leave(self) -> None:
+    def _leave(self, module, args, out) -> None:
         self._within.pop()
 
     def __exit__(self, *error):

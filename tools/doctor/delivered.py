@@ -77,7 +77,7 @@ class Delivered:
         if self.rows < FEWEST:
             raise NotExamined(f"{self.rows} rows were seen, {FEWEST} are needed")
         self._read()
-        known = [[(seconds, self._nearest(text, seconds)) for seconds, text in batch if _plain(text) in self._durations]
+        known = [[(seconds, self._nearest(text, seconds)) for seconds, text in batch if plain(text) in self._durations]
                  for batch in self.batches]
         count = sum(map(len, known))
         if count < 0.5 * self.rows:
@@ -101,14 +101,14 @@ class Delivered:
                         text, seconds = str(line.row["text"]), float(line.row["duration"])
                     except (KeyError, TypeError, ValueError):
                         continue
-                    durations[_plain(text)].append(seconds)
+                    durations[plain(text)].append(seconds)
                     by_duration[round(seconds * 100)].append(text)
             except (ManifestError, OSError):
                 continue
         self._durations, self._by_duration = durations, by_duration
 
     def _nearest(self, text: str, seconds: float) -> float:
-        return min(self._durations[_plain(text)], key=lambda duration: abs(duration - seconds))
+        return min(self._durations[plain(text)], key=lambda duration: abs(duration - seconds))
 
     def _other_audio(self, known, count: int) -> list[Finding]:
         ratios = sorted(math.log(max(a, 0.01) / max(b, 0.01)) for batch in known for a, b in batch)
@@ -131,7 +131,7 @@ class Delivered:
         evidence = {"rows": count, "audio as long as the manifest says for the text": round(fits, 3),
                     "if the audio of each batch is put in another order": round(permuted, 3),
                     "the audio of each batch is sorted by length": falling}
-        worst = max((pair for batch in self.batches for pair in batch if _plain(pair[1]) in self._durations),
+        worst = max((pair for batch in self.batches for pair in batch if plain(pair[1]) in self._durations),
                     key=lambda pair: abs(math.log(max(pair[0], 0.01) / self._nearest(pair[1], pair[0]))))
         evidence["for instance"] = (f"{worst[1][:60]!r} with {worst[0]:.2f} s of audio; in the manifest it has "
                                     f"{self._nearest(worst[1], worst[0]):.2f} s")
@@ -150,7 +150,7 @@ class Delivered:
 
     def _cut(self, known, count: int, longest: float, share: float) -> Finding:
         text, seconds = next((text, self._nearest(text, a)) for batch in self.batches for a, text in batch
-                             if _plain(text) in self._durations and self._nearest(text, a) > 1.03 * longest)
+                             if plain(text) in self._durations and self._nearest(text, a) > 1.03 * longest)
         return Finding(
             "data-duration-wrong", "prevents" if share > 0.5 else "warning",
             f"The loader delivers no more than {longest:.2f} s of audio: {share:.0%} of {count} rows are cut there, "
@@ -233,7 +233,8 @@ class Delivered:
              "model.decoder.vocabulary=${model.labels}"], 0.95, where="the training loader")
 
 
-def _plain(text: str) -> str:
+def plain(text: str) -> str:
+    """In lower case, with one space between words: as texts are compared."""
     return " ".join(text.lower().split())
 
 

@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 
 from manifests.schema import ManifestError, scan_manifest
+from tools.doctor.delivered import plain
 from tools.doctor.finding import Finding
 
 WHOLE = 0.9  # of the rows: as many draws as make an epoch
@@ -74,7 +75,7 @@ class Drawn:
                     lines += 1
                     if lines > LINES:
                         return 0, set()
-                    texts.add(" ".join(str((line.row or {}).get("text", "")).lower().split()))
+                    texts.add(plain(str((line.row or {}).get("text", ""))))
             except (ManifestError, OSError):
                 continue
         return lines, texts

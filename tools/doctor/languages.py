@@ -53,8 +53,7 @@ def texts_are_in_one_language(subject):
             continue
         texts = [Counter(plain_words(row["text"])) for row in rows]
         together = sum(texts, Counter())
-        usual, share = max(((name, _share(together, words)) for name, words in SMALL_WORDS.items()),
-                           key=lambda pair: pair[1])
+        usual, share = most_likely(together)
         if share < USUAL:
             continue
         judged = True
@@ -81,8 +80,7 @@ def texts_are_words(subject):
         judged = True
         latin = [word for word in words if word.isascii()]
         letters = sum(len(word) == 1 for word in latin) / len(words)
-        forwards, backwards = (max(_share(Counter(word[::turn] for word in words), small) for small in SMALL_WORDS.values())
-                               for turn in (1, -1))
+        forwards, backwards = (most_likely(Counter(word[::turn] for word in words))[1] for turn in (1, -1))
         if letters > LETTERS:
             told = (f"{letters:.0%} of the words of {role} are single letters: texts are spelt.",
                     "A space stands between all letters, as in fairseq's .ltr files: half of all labels are spaces that "
@@ -121,6 +119,11 @@ def in_another(texts: list[Counter], usual: str, other: str) -> tuple[list[int],
         elif foreign >= 2 and own >= 2 and PURE * own < foreign:
             between += 1
     return found, between
+
+
+def most_likely(words: Counter) -> tuple[str, float]:
+    """(the language with the most small words among these, their share)."""
+    return max(((name, _share(words, small)) for name, small in SMALL_WORDS.items()), key=lambda pair: pair[1])
 
 
 def _share(words: Counter, small: frozenset[str]) -> float:

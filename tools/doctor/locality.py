@@ -54,21 +54,23 @@ def order(moves) -> tuple[float, list[float]]:
     return (float((a * b).sum()) / bound if float(b.std()) > 1e-3 and bound > 0 else 0.0), place.tolist()
 
 
-def at_distance(moves) -> list[float]:
-    """Mean influence, 0 to 1 of a frame's strongest, of the stretches that lie 0, 1, 2 ... stretches from the frame."""
+def _by_place(moves) -> tuple:
+    """(influence (S, T'), 0 to 1 of a frame's strongest; how many stretches (S, T') each lies before the frame)."""
     stretches, frames = moves.shape
     share = moves.double() / moves.double().amax(dim=0, keepdim=True).clamp(min=1e-30)
     own = ((torch.arange(frames, device=moves.device) + 0.5) * stretches / frames).long()
-    away = (torch.arange(stretches, device=moves.device)[:, None] - own[None]).abs()
-    return [float(share[away == distance].mean()) for distance in range(stretches)]
+    return share, own[None] - torch.arange(stretches, device=moves.device)[:, None]
+
+
+def at_distance(moves) -> list[float]:
+    """Mean influence, 0 to 1 of a frame's strongest, of the stretches that lie 0, 1, 2 ... stretches from the frame."""
+    share, before = _by_place(moves)
+    return [float(share[before.abs() == distance].mean()) for distance in range(len(moves))]
 
 
 def delayed(moves) -> bool:
     """Whether all frames hear best what lies as many stretches before them, as behind a deep stack of causal layers."""
-    stretches, frames = moves.shape
-    share = moves.double() / moves.double().amax(dim=0, keepdim=True).clamp(min=1e-30)
-    own = ((torch.arange(frames, device=moves.device) + 0.5) * stretches / frames).long()
-    before = own[None] - torch.arange(stretches, device=moves.device)[:, None]
+    share, before = _by_place(moves)
     return any(float(share[before == d].mean()) > AT_HOME for d in range(1, 4))
 
 

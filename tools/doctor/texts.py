@@ -7,7 +7,7 @@ from __future__ import annotations
 from collections import Counter
 
 from tools.doctor.finding import Finding
-from tools.doctor.languages import FEWEST, PART, ROWS, SMALL_WORDS, USUAL, plain_words
+from tools.doctor.languages import FEWEST, PART, ROWS, USUAL, most_likely, plain_words
 from tools.doctor.registry import NotExamined, check
 
 CUT, STEEP = 0.03, 8  # share of texts of exactly the largest length, and times as many as of lengths just below
@@ -30,18 +30,14 @@ def texts_are_whole(subject):
     if not judged:
         raise NotExamined(f"takes {FEWEST} texts")
     train, other = (small_words([row["text"] for row in subject.rows.get(role, ())]) for role in ("train", "validation"))
-    if train is not None and other is not None and other[1] >= USUAL and max(train[0].values()) < LACKING * other[1]:
-        yield _lacking(subject.rows["train"], train[0][other[2]], other)
+    if train is not None and other is not None and other[1] >= USUAL and train[1] < LACKING * other[1]:
+        yield _lacking(subject.rows["train"], train[1], *other)
 
 
-def small_words(texts: list[str]) -> tuple[dict[str, float], float, str] | None:
-    """(share of small words by language, the largest, its language) of at least some hundred words; None of fewer."""
+def small_words(texts: list[str]) -> tuple[str, float] | None:
+    """(the likeliest language, share of its small words) of at least some hundred words; None of fewer."""
     words = Counter(word for text in texts for word in plain_words(text))
-    if words.total() < 8 * FEWEST:
-        return None
-    shares = {name: sum(words[word] for word in small) / words.total() for name, small in SMALL_WORDS.items()}
-    best = max(shares, key=shares.get)
-    return shares, shares[best], best
+    return most_likely(words) if words.total() >= 8 * FEWEST else None
 
 
 def _cut(role: str, rows: list[dict]) -> Finding | None:
@@ -96,8 +92,7 @@ def _once(role: str, rows: list[dict]) -> Finding | None:
         where=once[0][0]["_at"])
 
 
-def _lacking(rows: list[dict], share: float, other: tuple) -> Finding:
-    _, usual, language = other
+def _lacking(rows: list[dict], share: float, language: str, usual: float) -> Finding:
     return Finding(
         "data-mismatched-text", "warning",
         f"Of the words of train {share:.0%} are small words of {language} (the most frequent of a language), of those of "

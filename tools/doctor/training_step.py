@@ -70,7 +70,6 @@ class TrainingStep:
         rows = orders[alike.index(best)].to(out.device)
         return (own, targets[rows], lengths, sizes[rows]), best
 
-
     def _by_itself(self) -> Tensor | None:
         """Log-probs that a step has computed module by module, of the batch with noise or masks of its own: those that
         the loss was given, where they are log-probs and like the batch's."""
