@@ -211,7 +211,8 @@ class Doctor(Callback):
             if self._waits and (len(self._waits) >= 50 or self._looks and len(self._waits) >= self.pace.stride):
                 self.trace.add("wait", step, sorted(self._waits)[len(self._waits) // 2])
                 self._waits = []
-            self._followed.batch_ends(trainer, self._batch[1], asked=self._gradients is not None)
+            self._followed.batch_ends(trainer, self._batch[1], asked=self._gradients is not None,
+                                      backward=self._loss is not None)
             self._take_found(trainer)
             self._listener.clear()
             self._batch = self._state = None

@@ -59,10 +59,21 @@ def chained(every: list[Path], read) -> Finding | None:
         0.9 if known else 0.8)
 
 
+def from_nothing(every: list[Path], read) -> bool:
+    """Whether each of these runs begins where the first began, though those before it had learned something."""
+    traces = [read(path) for path in every[-MOST:]]
+    ends = [_ends(trace) for trace in traces]
+    if len(ends) < 2 or None in ends or any(t.planned and t.last_step >= 0.98 * t.planned for t in traces):
+        return False
+    top = ends[0][0]
+    return all(before < FELL * top and now > top - (1 - KEPT) * (top - before) for (_, before), (now, _) in zip(ends, ends[1:]))
+
+
 def _ends(trace: Trace) -> tuple[float, float] | None:
     """The losses at the beginning and at the end of a run."""
     losses = trace.values("loss")
-    return (median(losses[:ENDS]), median(losses[-ENDS:])) if len(losses) >= 2 * ENDS else None
+    size = min(ENDS, len(losses) // 2)
+    return (median(losses[:size]), median(losses[-size:])) if size > 1 else None
 
 
 def _alike(one: Points, two: Points) -> bool:

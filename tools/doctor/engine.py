@@ -17,6 +17,7 @@ log = logging.getLogger("doctor")
 
 UNLEARNED = {"run-early", "run-plateau", "run-collapse-blank", "run-collapse-letter", "run-diverged", "run-nan",
              "run-overfitting"}
+LAST = "exchange"  # trains; only where nothing was found that prevents learning, or where it is asked for
 OF_A_RUN = ("outputs", "features", "lengths", "labels", "loss", "gradients", "weights", "locality", "neighbours",
             "invariance", "depth")
 
@@ -68,13 +69,17 @@ def examine(
                                 if not set(FAMILIES[family][1]) & set(available)]
     if config is not None and subject.settings is not None and not subject.wants_model and families is None:
         report.not_examined.append("the model: the configuration has no sections encoder and decoder to build it from")
-    named = run_checks(subject, checks(available, families), available, report)
+    first = [family for family in FAMILIES if family != LAST] if families is None else families
+    named = run_checks(subject, checks(available, first), available, report)
     if families is None and model is None and config is None and unlearned(report) and subject.seconds_left() > 20:
         # Why a run has not learned is often in its model: it is built anew and probed.
         if (reason := subject.open_model_of_run()) is None:
             named += run_checks(subject, checks(["model"], OF_A_RUN), [*available, "model"], report)
         else:
             report.not_examined.append(f"the model of this run: {reason}")
+    if families is None and subject.has("model") and not subject.findings and not (
+            {finding.id for finding in report.of_weight("prevents")} - UNLEARNED):
+        named += run_checks(subject, checks(["model"], [LAST]), [*available, "model"], report)
     report.findings = name_causes([*subject.findings, *report.findings])
     report.findings += refused(subject, report, families)
     report.sort()

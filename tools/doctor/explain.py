@@ -14,7 +14,7 @@ from statistics import median
 
 from tools.doctor import folders, saved
 from tools.doctor.bands import corpus_of
-from tools.doctor.chain import chained
+from tools.doctor.chain import chained, from_nothing
 from tools.doctor.curves import STEP_NAMES, joined, read_csv, read_events
 from tools.doctor.finding import Finding
 from tools.doctor.logs import LOGS, begins_anew, goes_on, log_files, read_logs, run_ended
@@ -275,7 +275,7 @@ def _several_runs(folder: Path, every: list[Path], taken: Path, confidence: floa
 
 def _never_resumed(subject) -> list[Path]:
     """The runs of a folder, where they are one run that was begun again and again from step 0: alike in their
-    configuration, none of them left a checkpoint."""
+    configuration, none of them left a checkpoint, or none has taken over what the one before left."""
     from tools.doctor import checkpoints
 
     top, every = subject.__dict__.get("_several", (subject.run, []))
@@ -283,7 +283,7 @@ def _never_resumed(subject) -> list[Path]:
              for name in ("config.yaml", "hparams.yaml")}
     alike = any(len(texts) == len(every) and len(set(texts)) == 1 for texts in known.values())
     anew = all(folders.begin(path) < folders.LATER for path in every)
-    return every if alike and anew and not checkpoints.find(top) else []
+    return every if alike and anew and (not checkpoints.find(top) or from_nothing(every, read_run)) else []
 
 
 @check("run", faults=("run-ended",), needs=("run",))
@@ -302,14 +302,15 @@ def end_of_the_run(subject):
     last, planned = trace.last_step, trace.planned
     if not trace.messages and (planned is None or last >= 0.98 * planned or not trace.series):
         return
-    if not trace.messages and not trace.ended:
+    anew = _never_resumed(subject)
+    if not trace.messages and not trace.ended and len(anew) < 3:
         return  # it is still going
     end = trace.messages[-1][1] if trace.messages else ""
     if planned is not None and last >= 0.98 * planned and "SIGTERM" in end:
         return
     said = f"; its log says: {end}" if end else ", and no log says why it ended."
     evidence = {"messages": [f"{where}: {line}" for where, line in trace.messages[-5:]]}
-    if anew := _never_resumed(subject):
+    if anew:
         yield begins_anew(len(anew), last, planned, said, evidence)
         return
     again = goes_on(bool(trace.recipe), bool(checkpoints.find(subject.run)))

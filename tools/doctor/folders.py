@@ -7,7 +7,8 @@ from pathlib import Path
 
 from tools.doctor.curves import first_steps
 
-OWN = ("config.yaml", "hparams.yaml", "curve.csv", "metrics.csv", "doctor")  # a folder with one of them is a run's
+OWN = ("curve.csv", "metrics.csv", "doctor")  # a folder with one of them is a run's
+WRITTEN = ("config.yaml", "hparams.yaml")  # and with one of these, unless there are several runs below it
 EVENTS = "events.out.tfevents.*"
 FEW = 4  # steps that make a curve: a test or a sanity check leaves fewer
 LATER = 100  # steps after the other's beginning: a run that was begun again goes on, another one begins anew
@@ -32,9 +33,10 @@ def newest_of(folder: Path) -> tuple[Path, list[Path]]:
     """
     if any((folder / name).exists() for name in OWN) or any(folder.glob(EVENTS)):
         return folder, []
+    versions = "version_*/" if any((folder / name).exists() for name in WRITTEN) else ""  # Lightning's, one a start
     for pattern in ("curve.csv", "metrics.csv", EVENTS):
         runs: dict[Path, list[Path]] = {}
-        for path in folder.rglob(pattern):
+        for path in folder.rglob(versions + pattern):
             if len(first_steps(path, FEW)) == FEW:
                 runs.setdefault(_place(path, folder), []).append(path)
         whole = [place for place in runs if not any(other in place.parents for other in runs)]

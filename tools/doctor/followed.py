@@ -8,7 +8,7 @@ from tools.doctor.drawn import Drawn
 from tools.doctor.finding import Finding
 from tools.doctor.jumps import Jumps
 from tools.doctor.modes import Modes
-from tools.doctor.moved import Moved
+from tools.doctor.moved import Moved, PassedOver
 from tools.doctor.registry import NotExamined
 from tools.doctor.ticks import Ticks
 from tools.doctor.trace import Trace
@@ -30,7 +30,7 @@ class Followed:
         self.moved = Moved(model, trainer.optimizers, trace, counted)
         self._delivered = Delivered(manifests, utterances.rate_of(model), utterances.frame_rate_of(model))
         self._drawn = Drawn(manifests)
-        self._jumps, self._modes, self._ticks = Jumps(model), Modes(), Ticks()
+        self._jumps, self._modes, self._ticks, self._passed_over = Jumps(model), Modes(), Ticks(), PassedOver()
         self._ticks.look(trainer, self._steps(trainer), trace)
 
     def _steps(self, trainer) -> int:
@@ -48,9 +48,11 @@ class Followed:
     def before_step(self, trainer) -> None:
         self._say(self._jumps.compare(trainer.global_step))
 
-    def batch_ends(self, trainer, batch_idx: int, asked: bool) -> None:
+    def batch_ends(self, trainer, batch_idx: int, asked: bool, backward: bool) -> None:
+        """`asked`: whether a step has been asked for in this run; `backward`: whether this batch has had a backward pass."""
         self._jumps.hold(trainer, batch_idx)
         self._say(self.moved.batch(trainer, asked))
+        self._say(self._passed_over.batch(trainer, backward))
         if self.look and (steps := self._steps(trainer)):
             self._say(self._ticks.look(trainer, steps, self.trace))
 

@@ -46,7 +46,7 @@ def sizes_of(model) -> dict[str, float]:
             for name, p in model.named_parameters() if p.requires_grad}
 
 
-def _wake(model) -> bool:
+def wake(model) -> bool:
     """Takes a small step with weights that are all 0 and have a gradient; whether there were any.
 
     Adapters, LoRA and gates begin so, on purpose: what lies before them has a gradient of 0 until the first step.
@@ -121,7 +121,7 @@ def gradients_arrive(subject):
         raise NotExamined("no parameter is trainable")
     with probe.ready(train=True):
         gradients, source = backward(probe)
-        if 0.0 in gradients.values() and _wake(probe.model):
+        if 0.0 in gradients.values() and wake(probe.model):
             later, _ = backward(probe)
             gradients = {name: size if size != 0.0 else later[name] for name, size in gradients.items()}
         skipped = _try_again(probe, gradients)

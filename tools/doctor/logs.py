@@ -143,8 +143,8 @@ def begins_anew(times: int, last: int, planned: int | None, said: str, evidence:
         "run-ended", "warning",
         f"It was started {times} times, each time from step 0, and never resumed; the newest came to step {last}"
         f"{f' of {planned}' if planned else ''}{said}",
-        "Each start has the same configuration and none left a checkpoint: what was trained before its end is lost, "
-        "and a run that is ended sooner than it is done never gets done.",
+        "Each start has the same configuration and none left a checkpoint, or none took over the one before's: what was "
+        "trained before its end is lost, and a run that is ended sooner than it is done never gets done.",
         {"starts": times, "last step": last, "planned": planned, **evidence},
         [RESUME, "exp_manager.create_checkpoint_callback=true, with a checkpoint more often than the run is ended: "
          "exp_manager.checkpoint_callback_params.every_n_train_steps=" + str(max(last // 4, 1))], 0.9)

@@ -11,6 +11,7 @@ from tools.doctor.registry import NotExamined, check
 from tools.doctor.training_step import Terms, TrainingStep, run_training_step, terms
 
 TOLERANCE = 0.01  # relative
+ALONG = 0.9  # cosine of gradients, from which on a loss is CTC's with something on top
 ALIKE = 0.3  # correlation of outputs in time above which they are of the same audio, be it faster, slower or masked
 UNLIKE = 0.15  # and below which they have nothing to do with each other
 
@@ -89,11 +90,13 @@ def loss_is_ctc(subject):
     width = len(probe.vocabulary) + 1
     if width < 4:
         raise NotExamined("the model names no labels")
-    with probe.ready(calibrate=False), torch.no_grad():
+    with probe.ready(calibrate=False):
         log_probs, targets, input_lengths, target_lengths = planted(probe)
         try:
-            own = float(call_loss(probe.model, log_probs, targets, input_lengths, target_lengths))
-            blank = loss_blank(probe)
+            with torch.no_grad():
+                own = float(call_loss(probe.model, log_probs, targets, input_lengths, target_lengths))
+                blank = loss_blank(probe)
+            along = cosine(probe.model, log_probs, targets, input_lengths, target_lengths, width - 1)
         except Exception as error:
             raise NotExamined(f"the loss does not take NeMo's arguments ({type(error).__name__}: {error})") from None
     if blank is not None and blank != width - 1:
@@ -114,6 +117,9 @@ def loss_is_ctc(subject):
     expected = reductions(losses, target_lengths)
     nearest = min(expected, key=lambda name: abs(expected[name] - own))
     if abs(expected[nearest] - own) > TOLERANCE * abs(expected[nearest]):
+        if along > ALONG and 0.2 < own / expected[nearest] < 5:
+            yield _on_top(own, nearest, expected, along)
+            return
         yield Finding(
             "loss-wrong",
             "prevents",
@@ -126,6 +132,32 @@ def loss_is_ctc(subject):
             0.95,
             where="loss",
         )
+
+
+def cosine(model, log_probs: Tensor, targets: Tensor, input_lengths: Tensor, target_lengths: Tensor, blank: int) -> float:
+    """Between the gradients of the model's own loss and of torch's CTC for the scores before the softmax; NaN without one."""
+    ways = []
+    for own in (True, False):
+        scores = log_probs.detach().clone().requires_grad_(True)
+        out = scores.log_softmax(dim=-1)
+        loss = call_loss(model, out, targets, input_lengths, target_lengths) if own else F.ctc_loss(
+            out.transpose(0, 1), targets, input_lengths, target_lengths, blank=blank, reduction="sum")
+        if not loss.requires_grad:
+            return float("nan")
+        ways.append(torch.autograd.grad(loss, scores)[0].flatten().double())
+    return float(F.cosine_similarity(*ways, dim=0))
+
+
+def _on_top(own: float, nearest: str, expected: dict[str, float], along: float) -> Finding:
+    return Finding(
+        "loss-wrong", "warning",
+        f"On log-probabilities made up for it the loss is {own:.4g}; the CTC loss is {expected[nearest]:.4g} ({nearest}). Its "
+        f"gradient is that of CTC for the most part (cosine {along:.3f}).",
+        "Another term is added to the CTC loss, or utterances have weights. It may be meant: label smoothing is such a term.",
+        {"own": own, "cosine of the gradients": round(along, 4),
+         **{f"CTC, {name}": value for name, value in expected.items()}},
+        ["where it is not meant: nemo.collections.asr.losses.ctc.CTCLoss(num_classes=len(labels), zero_infinity=True)"],
+        0.7, where="loss")
 
 
 def _likest_step(probe, tries: int = 3) -> tuple[TrainingStep, Terms | None]:

@@ -40,6 +40,22 @@ def turned_round(what: str, monitor: str | None, mode: str | None, key: str) -> 
         {"monitor": monitor, "mode": mode}, [f"{key}={right}"], 0.97, where=key)
 
 
+@check("limits", faults=("metric-normalisation",), needs=("config",))
+def rates_are_called_what_they_are(subject):
+    """What is logged as a word error rate counts words."""
+    s = subject.settings
+    if s.get("model.use_cer") is not True:
+        return
+    key = s.key("model.use_cer")
+    yield Finding(
+        "metric-normalisation", "warning",
+        f"{key}=true: what is logged as val_wer and wer counts characters.",
+        "NeMo keeps the name of the word error rate for it. A character error rate is two to four times lower: next to "
+        "anybody's WER the model looks far better than it is, and checkpoints named by val_wer carry it on.",
+        {key: True}, [f"{key}=false", "or name it: exp_manager.checkpoint_callback_params.filename without val_wer"], 0.9,
+        where=key)
+
+
 @check("limits", faults=("monitor-reversed",), needs=("config",))
 def monitors_of_the_configuration(subject):
     """What is watched goes the way that is better."""

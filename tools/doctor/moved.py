@@ -96,6 +96,33 @@ class Moved:
             fix, 0.9, where="training_step" if manual else "optimizer")
 
 
+class PassedOver:
+    """Counts the batches of automatic optimization that have no backward pass: training_step has returned None."""
+
+    def __init__(self):
+        self.batches = self.without = 0
+        self.said = False
+
+    def batch(self, trainer, backward: bool) -> Finding | None:
+        """To be called after each batch; `backward`: whether it has had a backward pass. A finding, once."""
+        if not trainer.lightning_module.automatic_optimization:
+            return None
+        self.batches += 1
+        self.without += not backward
+        if self.said or self.batches < FEWEST or self.without <= 0.5 * self.batches:
+            return None
+        self.said = True
+        return Finding(
+            "weights-not-moved", "prevents" if self.without == self.batches else "warning",
+            f"Of the first {self.batches} batches {self.without} had no backward pass: training_step returned no loss.",
+            "Lightning leaves such a batch out, and the optimizer's step finds no gradient. A guard against broken batches "
+            "(return None where the loss is too high) keeps out what training begins with: an untrained model's loss is 10 "
+            "to some hundreds, and falls by being trained on.",
+            {"batches": self.batches, "without a backward pass": self.without},
+            ["return the loss of every batch that is finite; clip gradients in place of leaving batches out: "
+             "trainer.gradient_clip_val=1.0"], 0.95, where="training_step")
+
+
 def size_of(gradients: list) -> torch.Tensor:
     """Norm of those that are there, a scalar tensor."""
     present = [g.detach() for g in gradients if g is not None and not g.is_sparse]

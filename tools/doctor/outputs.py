@@ -91,7 +91,8 @@ def outputs_are_log_probs(subject):
             "are taken for scores, so the outputs stay near uniform and the loss cannot fall.",
             {"largest probability": sharpest, "labels": width,
              "of a softmax of a softmax": math.e / (math.e + out.shape[2] - 1)},
-            ["apply log_softmax once, to the raw scores of the last linear layer, and nothing before it"],
+            ["apply log_softmax once, to the raw scores of the last linear layer, and nothing before it",
+             "where the scores are cosines, multiply them by 10 to 30, or by a parameter that begins there"],
             0.95,
             where="decoder",
         )
@@ -181,7 +182,8 @@ def scores_are_not_cut(subject):
     shares = {}
     for end, edge in (("lowest", out.amin(dim=-1, keepdim=True)), ("highest", out.amax(dim=-1, keepdim=True))):
         same = (out == edge).sum(dim=-1)
-        shares[end] = float((same * (same > 1)).float().mean()) / out.shape[-1]
+        # A frame in which all are equal, such as one of padding, tells nothing of an edge.
+        shares[end] = float((same * ((same > 1) & (same < out.shape[-1]))).float().mean()) / out.shape[-1]
     end = max(shares, key=shares.get)
     if not shares[end] > TIED or not bool((out[0] != out[0, :1]).any()):
         return  # outputs that are always the same are told by another check

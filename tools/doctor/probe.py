@@ -141,6 +141,7 @@ class Probe:
         self.labels = None if getattr(model, "tokenizer", None) is not None or not self.vocabulary else self.vocabulary
         self._features: tuple[Tensor, Tensor] | None = None
         self._repeats: bool | None = None
+        self._awake: list[tuple[nn.Parameter, Tensor]] | None = None
 
     # ---- inputs --------------------------------------------------------------------------------------------
 
@@ -255,6 +256,7 @@ class Probe:
             try:
                 if calibrate and not train and any("running_mean" in name for name, _ in self.model.named_buffers()):
                     self.calibrate()
+                self._wake_up()
                 self.model.train(train)
                 for module in self.model.modules():
                     if type(module) in (nn.GRU, nn.LSTM, nn.RNN):  # the same in both modes without dropout, and cuDNN
@@ -264,6 +266,39 @@ class Probe:
             finally:
                 for call in undo:
                     call()
+
+    def _wake_up(self) -> None:
+        """Puts a projection that begins with weights of 0, through which nothing comes yet, behind its first small step.
+
+        So a decoder may begin, on purpose: its own gradient is not 0, and from the second step on outputs depend on the
+        input. All that is asked of outputs is asked of those.
+        """
+        if self._awake is None:
+            self._awake = []
+            if any(p.dim() > 1 and p.requires_grad and not bool(p.any()) for p in self.model.parameters()):
+                self._awake = self._first_step()
+        with torch.no_grad():
+            for p, value in self._awake:
+                p.copy_(value)
+
+    def _first_step(self) -> list[tuple[nn.Parameter, Tensor]]:
+        """(parameter, its value after a small step) of those that are 0; none where outputs change in time already."""
+        from tools.doctor.gradients import backward, wake
+
+        try:
+            with torch.no_grad():
+                out, _ = self.forward(*self.features())
+            if bool((out - out[:, :1]).abs().max() > 1e-6):
+                return []
+            with untouched(self.model), torch.enable_grad():
+                zero = [p for p in self.model.parameters() if p.dim() > 1 and not bool(p.any())]
+                self.model.train()
+                backward(self)
+                wake(self.model)
+                # Labels that are in no target have one gradient: a little of each row's own parts them.
+                return [(p, p.detach() + 0.1 * p.detach().std() * torch.randn_like(p)) for p in zero if bool(p.any())]
+        except Exception:  # anybody's model: what does not run is told elsewhere
+            return []
 
     def calibrate(self) -> None:
         """Sets running statistics to those of the probe's batch, by a pass with momentum 1."""

@@ -93,8 +93,8 @@ def _too_low(trace: Trace, curve, rates, plots) -> list[Finding]:
             where=trace.key("model.optim.sched"), plots=plots)]
     # In a warm-up the first steps move nothing, and are meant to.
     updates = [v for s, v in trace.get("update") if s > (trace.warmup or 0) and math.isfinite(v) and v >= 0]
-    if gone(trace):
-        return []  # the rate has no part in it
+    if gone(trace) or trace.still and updates and median(updates) == 0:
+        return []  # the rate has no part in it: there was no gradient
     if len(updates) >= 3 and median(updates) < TINY_UPDATE and trace.last_step >= 50 and not still_rising(rates):
         key = trace.key("model.optim.lr")
         return [Finding(

@@ -43,6 +43,7 @@ FAMILIES: dict[str, tuple[str, tuple[str, ...]]] = {
     "neighbours": ("tools.doctor.neighbours", ("model",)),
     "invariance": ("tools.doctor.invariance", ("model",)),
     "depth": ("tools.doctor.depth tools.doctor.attention", ("model",)),
+    "exchange": ("tools.doctor.exchange", ("model",)),
     "validation": ("tools.doctor.validation", ("model",)),
     "heard": ("tools.doctor.heard", ("model",)),
     "loader": ("tools.doctor.delivered", ("model",)),

@@ -18,7 +18,8 @@ USUAL_EPS = 1e-8
 ARRIVES = 0.1  # share of a step with the usual eps, under which eps is said
 FAR = 1.0  # of the weights: a single step that changes them so far throws away what they were
 HARDLY = 1e-3  # of the way of others
-NOTHING = 0.03  # of the weights: as far as a whole run moves them, where they cannot learn; usual are 0.3 and more
+NOTHING, LITTLE = 0.03, 0.15  # of the weights: as far as a whole run moves them, where they cannot learn, or hardly; usual
+#   are 0.3 and more, though no run goes straight on
 TRIAL = 200  # steps of a run that may well be a trial
 
 
@@ -83,9 +84,9 @@ def steps_go_down(subject):
     steps = plan(subject).steps
     if steps and not started_from(subject.settings) and rate >= low:
         reach = steps * _norm(last) / max(_norm(weights), 1e-30)
-        if reach < NOTHING:
+        if reach < LITTLE:
             yield Finding(
-                "lr-too-low", "prevents" if steps >= TRIAL else "warning",
+                "lr-too-low", "prevents" if steps >= TRIAL and reach < NOTHING else "warning",
                 f"In the run's {steps} steps the weights can move by {reach:.2g} of their size at the most.",
                 "All steps with one gradient, at the highest rate, would leave them where they are: rate, limit of "
                 "gradients and optimizer together make next to no step.",

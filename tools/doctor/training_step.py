@@ -250,11 +250,14 @@ def of_the_recipes(model) -> bool:
     return "recipes.ctc_model" in {kind.__module__ for kind in type(model).__mro__}
 
 
-def training_batch(probe):
-    """(audio (B, samples), lengths, targets (B, S), lengths, ids) of four items; targets of their texts, or made up."""
+def training_batch(probe, items: list | None = None):
+    """(audio (B, samples), lengths, targets (B, S), lengths, ids) of `items`, or of four that the probe chooses.
+
+    Targets are those of their texts as far as they fit, or made up.
+    """
     from tools.doctor.labels import encode_text
 
-    items = probe.items()
+    items = probe.items() if items is None else items
     audio, audio_lengths = probe.audio_batch(items)
     width = len(probe.vocabulary)
     targets = []

@@ -1,6 +1,6 @@
 """What the doctor says of each fault and each healthy set-up, as a table.
 
-    python -m tests.tools.doctor.table --out first_try.md      # all, some minutes
+    python -m tests.tools.doctor.table --out table.md      # all, some minutes
     python -m tests.tools.doctor.table --open --stage before   # only those that are not held out
     python -m tests.tools.doctor.table --list                  # names, stages, which are held out; runs nothing
 """

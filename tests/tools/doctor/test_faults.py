@@ -1,7 +1,7 @@
 """The doctor names each fault first and calls no healthy set-up one that cannot learn.
 
-At first try 83 of 101 were named first (first_try.md), of thirteen written later 6 (fourth_try.md), since
-then all 83 open ones (fifth_try.md). As the whole takes a quarter of an hour, it waits for
+At first try 83 of 101 were named first (tries/01.md), of thirteen written later 6 (tries/04.md), since
+then all 83 open ones (tries/05.md). As the whole takes a quarter of an hour, it waits for
 DOCTOR_SUITE: `before` runs what trains nothing, `all` runs all.
 `python -m tests.tools.doctor.table` runs all and writes the table.
 """
