@@ -39,7 +39,7 @@ EFFECTS: dict[str, tuple[str, ...]] = {
     "data-silence": ("features-bad", "data-scale"),
     "data-scale": ("features-bad",),
     "data-upper-case": ("tokenizer-vocabulary", "data-characters", "data-empty-text"),
-    "data-mismatched-text": ("data-target-too-long",),
+    "data-mismatched-text": ("data-target-too-long", "run-overfitting"),
     "data-duration-wrong": ("data-target-too-long", "data-mismatched-text", "data-filtered"),
     "data-missing-audio": ("data-duration-wrong",),
     "data-characters": ("tokenizer-vocabulary",),
@@ -127,6 +127,29 @@ def with_source_of_nan(findings: list[Finding]) -> list[Finding]:
     return [told if f is source else f for f in findings]
 
 
+# What can keep one batch from being learned, by the part without which it is learned.
+OF_PART = {
+    "step": ("loss-wrong", "length-mismatch", "no-gradient", "blank-index", "step-uphill"),
+    "features": ("features-bad", "train-eval-differ"),
+    "encoder": ("time-scrambled", "vanishes", "explodes", "no-gradient", "batch-leak", "padding-leak", "norm-padding",
+                "output-constant", "train-eval-differ", "length-mismatch", "frozen", "step-uphill", "channels-alike"),
+    "decoder": ("not-log-probs", "softmax-axis", "no-gradient", "output-constant", "blank-index", "vanishes"),
+}
+
+
+def with_part_at_fault(findings: list[Finding]) -> list[Finding]:
+    """Findings of which a warning about the part that keeps one batch from being learned has become the cause of that."""
+    batch = next((f for f in findings if f.id == "batch-not-learned"), None)
+    known = [f for f in findings if f.weight == "warning" and f.confidence >= 0.7
+             and batch is not None and f.id in OF_PART.get(batch.where, ())]
+    if not known:
+        return findings
+    cause = max(known, key=lambda f: f.confidence)
+    told = replace(cause, weight=batch.weight, evidence={**cause.evidence, "and so": batch.symptom})
+    effect = replace(batch, weight="note", symptom=f"{batch.symptom} This follows from {cause.id}: mend that first.")
+    return [told if f is cause else effect if f is batch else f for f in findings]
+
+
 def _began_there(module: str, source: str) -> bool:
     """Whether a module (or a parameter of it, "" for not known) is the one that can explode, or inside or around it."""
     return not module or f"{module}.".startswith(f"{source}.") or f"{source}.".startswith(f"{module}.")
@@ -135,7 +158,7 @@ def _began_there(module: str, source: str) -> bool:
 def name_causes(findings: list[Finding]) -> list[Finding]:
     """Findings with the effects of other findings turned into notes, causes first; order is kept otherwise."""
     findings = [f for f in findings if not _of_another_mode(f, findings)]
-    findings = merge(with_source_of_nan(findings))
+    findings = merge(with_part_at_fault(with_source_of_nan(findings)))
     stopping = {finding.id for finding in findings if finding.weight == "prevents"}
     # Of two that cause each other by this table none is the first: both stay.
     effects = dict(EFFECTS)

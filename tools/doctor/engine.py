@@ -71,13 +71,18 @@ def examine(
         report.not_examined.append("the model: the configuration has no sections encoder and decoder to build it from")
     first = [family for family in FAMILIES if family != LAST] if families is None else families
     named = run_checks(subject, checks(available, first), available, report)
-    if families is None and model is None and config is None and unlearned(report) and subject.seconds_left() > 20:
+    of_run = families is None and model is None and config is None and subject.run is not None
+    if of_run and not unlearned(report, told_by_dev=False) and subject.has("manifests") and subject.seconds_left() > 20:
+        # One that has learned is asked whether it hears what the manifests say.
+        if subject.open_weights_of_run() is None:
+            named += run_checks(subject, checks(["model"], ["heard"]), [*available, "model"], report)
+    elif of_run and unlearned(report) and subject.seconds_left() > 20:
         # Why a run has not learned is often in its model: it is built anew and probed.
         if (reason := subject.open_model_of_run()) is None:
             named += run_checks(subject, checks(["model"], OF_A_RUN), [*available, "model"], report)
         else:
             report.not_examined.append(f"the model of this run: {reason}")
-    if families is None and subject.has("model") and not subject.findings and not (
+    if families is None and subject.has("model") and (subject.run is None or unlearned(report)) and not subject.findings and not (
             {finding.id for finding in report.of_weight("prevents")} - UNLEARNED):
         named += run_checks(subject, checks(["model"], [LAST]), [*available, "model"], report)
     report.findings = name_causes([*subject.findings, *report.findings])
@@ -138,9 +143,13 @@ def refused(subject: Subject, report: Report, families: list[str] | None) -> lis
                     where=subject.settings.name)]
 
 
-def unlearned(report: Report) -> bool:
-    """Whether the report is of a run that has learned nothing, or has lost what it had."""
-    return any(finding.id in UNLEARNED for finding in report.findings)
+def unlearned(report: Report, told_by_dev: bool = True) -> bool:
+    """Whether the report is of a run that has learned nothing, or has lost what it had.
+
+    told_by_dev: whether one counts that has learned its train set and nothing of validation.
+    """
+    ids = UNLEARNED if told_by_dev else UNLEARNED - {"run-overfitting"}
+    return any(finding.id in ids for finding in report.findings)
 
 
 def first_line(error: BaseException) -> str:

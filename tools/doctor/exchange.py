@@ -47,12 +47,10 @@ class Trial:
     Attributes:
         steps: that were made, over all rates.
         loss: nats a label of the outputs, by torch's CTC, the least that was seen at a look.
-        last: the same at the last look, NaN where it is not finite.
     """
 
     steps: int
     loss: float
-    last: float
 
     def learned(self, level: float) -> bool:
         return self.loss < LEARNED * level
@@ -179,7 +177,7 @@ class Bench:
             plain: which of PARTS are plain; None for the model's own training step, in place of a plain one.
             deaf: all features are 0. Then it learns to its last step.
         """
-        made, least, last = 0, math.inf, math.nan
+        made, least = 0, math.inf
         for rate in rates:
             with torch.no_grad():
                 for value, begun in self.begun:
@@ -207,11 +205,11 @@ class Bench:
                 made += 1
                 if look:
                     with torch.no_grad():
-                        last = float(self._loss(parts, deaf))
-                    least = min(least, last) if math.isfinite(last) else least
+                        now = float(self._loss(parts, deaf))
+                    least = min(least, now) if math.isfinite(now) else least
                     if least < LEARNED * self.level and not deaf:
-                        return Trial(made, least, last)
-        return Trial(made, least, last)
+                        return Trial(made, least)
+        return Trial(made, least)
 
     def _parts(self, plain: tuple[str, ...]) -> dict[str, nn.Module]:
         """Name -> module, the model's own or a fresh plain one."""

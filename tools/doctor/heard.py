@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import random
+from collections import Counter
 
 import torch
 
@@ -13,29 +14,22 @@ from tools.doctor.registry import NotExamined, check
 
 UTTERANCES, LONGEST, OTHERS = 32, 8.0, 5
 LEARNED = 0.7  # own text's loss by the best other text's, under which a model can tell them apart
+ROWS, OTHERS_TEXT = 32, 0.3  # rows of validation, one after the other; share that has to be another row's text by ear
 
 
 @check("heard", faults=("data-mismatched-text",), needs=("model", "manifests"))
 def texts_are_those_that_are_heard(subject):
     """A model that has learned to tell texts apart finds the manifest's the most likely."""
-    from recipes.data import read_audio
-
     probe = subject.probe
-    rows = [row for row in subject.rows.get("train", []) if row["duration"] <= LONGEST and row["text"].strip()]
+    rows = _usable(subject.rows.get("train", []))
     chosen = random.Random(subject.seed).sample(rows, min(UTTERANCES, len(rows)))
     heard = []
     with probe.ready(calibrate=False), torch.no_grad():
         for row in chosen:
-            try:
-                own = encode_text(probe, row["text"])
-                audio = torch.from_numpy(read_audio(row, probe.sample_rate).copy())[None].to(probe.device)
-            except Exception:  # broken audio or text: told elsewhere
+            if (listened := _listen(probe, row)) is None:
                 continue
-            size = torch.tensor([audio.shape[1]], device=probe.device)
-            out, frames = probe.model.forward(input_signal=audio, input_signal_length=size)[:2]
-            others = _others(probe, row, rows)
-            texts = [own, *others]
-            losses = [_loss(out.float(), frames, text) for text in texts]
+            own, out, frames = listened
+            losses = [_loss(out, frames, text) for text in (own, *_others(probe, row, rows))]
             if len(losses) > 2 and all(loss is not None for loss in losses):
                 heard.append((losses[0], min(losses[1:]), row))
             if subject.seconds_left() < 2:
@@ -64,6 +58,62 @@ def texts_are_those_that_are_heard(subject):
         plots=[Plot("Loss of the manifest's text by that of the likeliest other", "utterance, sorted", "ratio",
                     {"train": (list(range(len(ratios))), sorted(ratios))}, "over 1 the other text is likelier")],
     )
+
+
+@check("heard", faults=("data-mismatched-text",), needs=("model", "manifests"))
+def validation_texts_are_those_that_are_heard(subject):
+    """Of the texts of validation a model that has learned hears in each utterance its own, not its neighbour's."""
+    probe = subject.probe
+    rows = _usable(subject.rows.get("validation", []))[:ROWS]
+    with probe.ready(calibrate=False), torch.no_grad():
+        listened = [(row, found) for row in rows if subject.seconds_left() > 2 and (found := _listen(probe, row)) is not None]
+        texts = [own for _, (own, *_) in listened]
+        heard = []  # (row, how many lines away the likeliest text is, that text, its loss by the own one's)
+        for place, (row, (own, out, frames)) in enumerate(listened):
+            losses = [_loss(out, frames, text) for text in texts]
+            sums = [float("inf") if loss is None else loss * len(text) for loss, text in zip(losses, texts)]
+            if sums[place] < float("inf"):
+                best = min(range(len(sums)), key=sums.__getitem__)
+                heard.append((row, best - place, listened[best][0]["text"], sums[best] / max(sums[place], 1e-6)))
+    if len(heard) < 12:
+        raise NotExamined("too few utterances of validation can be compared")
+    own = sum(away == 0 for _, away, *_ in heard)
+    wrong = [(row, away, text) for row, away, text, ratio in heard if away and ratio < LEARNED]
+    if own + len(wrong) < 0.4 * len(heard):
+        raise NotExamined("the model cannot tell the texts of validation apart")
+    if len(wrong) < OTHERS_TEXT * len(heard):
+        return
+    (steps, times), = Counter(away for _, away, _ in wrong).most_common(1)
+    shifted = times > 0.6 * len(wrong)
+    row, text = next((row, text) for row, away, text in wrong if not shifted or away == steps)
+    yield Finding(
+        "data-mismatched-text", "warning",
+        f"In {len(wrong)} of {len(heard)} utterances of validation the model hears the text of another row"
+        + (f", {abs(steps)} line{'s' * (abs(steps) > 1)} {'further down' if steps > 0 else 'further up'}." if shifted else "."),
+        "The texts of validation belong to other audio. The model has learned and its error rate says that it has not: val_loss "
+        "rises and val_wer stays near 1, as with overfitting.",
+        {"of another row": len(wrong), "of its own": own, "compared": len(heard),
+         "lines away, the most frequent": steps if shifted else None,
+         "for instance": f"{row['text'][:60]!r} stands in the manifest, {text[:60]!r} is heard"},
+        ["build the manifest of validation again, joining audio and text by utterance id"], 0.95, where=row["_at"])
+
+
+def _usable(rows: list[dict]) -> list[dict]:
+    return [row for row in rows if row["duration"] <= LONGEST and row["text"].strip()]
+
+
+def _listen(probe, row: dict) -> tuple[list[int], torch.Tensor, torch.Tensor] | None:
+    """(targets, log-probs (1, T, V+1), frames (1)) of a row; None where audio or text are broken, which is told elsewhere."""
+    from recipes.data import read_audio
+
+    try:
+        own = encode_text(probe, row["text"])
+        audio = torch.from_numpy(read_audio(row, probe.sample_rate).copy())[None].to(probe.device)
+    except Exception:  # of any kind
+        return None
+    size = torch.tensor([audio.shape[1]], device=probe.device)
+    out, frames = probe.model.forward(input_signal=audio, input_signal_length=size)[:2]
+    return own, out.float(), frames
 
 
 def _others(probe, row: dict, rows: list[dict]) -> list[list[int]]:

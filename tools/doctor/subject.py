@@ -173,6 +173,23 @@ class Subject:
             return error.finding.symptom
         return None
 
+    def open_weights_of_run(self) -> str | None:
+        """Opens the newest checkpoint of a run; says why where that cannot be done, which is no fault."""
+        from tools.doctor import checkpoints
+        from tools.doctor.opening import ModelUnreadable, open_model
+
+        found = checkpoints.find(self.run)
+        if not found:
+            return "no checkpoint is there"
+        self.given_model = found[-1]
+        try:
+            self._probe = open_model(self)
+        except ModelUnreadable as error:
+            return error.finding.symptom
+        finally:
+            self.given_model = None
+        return None
+
     def _unreadable(self, symptom: str, where: str, fix: list[str]) -> None:
         self.findings.append(
             Finding("input-unreadable", "prevents", symptom, "It is not there, or not of the kind that was expected.",

@@ -120,11 +120,12 @@ def rates(rows: list[Row]) -> list[str]:
     return lines
 
 
-def markdown(rows: list[Row], chosen: int) -> str:
-    """The whole table with its head; `chosen` is how many were to be run."""
+def markdown(rows: list[Row], chosen: int, held_out: bool) -> str:
+    """The table of the rows that are held out, or of the others, with the rates of all; `chosen` is how many were to be run."""
     rows = sorted(rows, key=lambda row: row.item.name)
-    wrong = [row.line() for row in rows if isinstance(row.item, Fault)]
-    sane = [row.line() for row in rows if isinstance(row.item, Healthy)]
+    shown = [row for row in rows if row.item.held_out == held_out]
+    wrong = [row.line() for row in shown if isinstance(row.item, Fault)]
+    sane = [row.line() for row in shown if isinstance(row.item, Healthy)]
     head = [f"`python -m tests.tools.doctor.table`, commit {commit()}, Python {platform.python_version()}, CPU.", ""]
     if len(rows) < chosen:
         head += [f"Cut short: {len(rows)} of {chosen} were run, in an order drawn by a hash of their names.", ""]
@@ -153,7 +154,8 @@ def main() -> int:
     parser.add_argument("--open", action="store_true", help="leave out those that are held out")
     parser.add_argument("--stage", choices=STAGES)
     parser.add_argument("--list", action="store_true")
-    parser.add_argument("--out", type=Path, help="markdown to write")
+    parser.add_argument("--out", type=Path, help="markdown to write; rows that are held out go into NAME_held_out.md, for the "
+                                                 "doctor's authors to leave unread")
     args = parser.parse_args()
     from recipes.threads import set_threads
 
@@ -182,7 +184,9 @@ def main() -> int:
         rows.append(row)
         print(f"{row.line()} {row.seconds:.0f} s", flush=True)
         if args.out:  # what is known so far stays, whatever ends the command
-            args.out.write_text(markdown(rows, len(chosen)))
+            args.out.write_text(markdown(rows, len(chosen), held_out=False))
+            if any(row.item.held_out for row in rows):
+                args.out.with_stem(f"{args.out.stem}_held_out").write_text(markdown(rows, len(chosen), held_out=True))
     print("\n".join(rates(rows)))
     return 0
 

@@ -1,6 +1,7 @@
 """Exchange of parts: one batch is learned, or it is said in which part the fault lies."""
 
 import copy
+from dataclasses import replace
 
 import pytest
 import torch
@@ -11,7 +12,9 @@ from torch import nn
 from tests.tools.doctor.setups import models, tones
 from tests.tools.doctor.setups.encoders import SpeechRNN
 from tools.doctor import exchange
+from tools.doctor.causes import name_causes
 from tools.doctor.engine import examine
+from tools.doctor.finding import Finding
 
 
 @pytest.fixture(scope="module")
@@ -103,6 +106,17 @@ def test_the_part_that_is_at_fault_is_named(given, part, spoil):
     assert finding.fix == exchange.FIXES[part]
 
 
+@pytest.mark.parametrize("where, id, told", [("step", "loss-wrong", True), ("encoder", "loss-wrong", False),
+                                             ("encoder", "vanishes", True)])
+def test_a_warning_about_that_part_becomes_the_cause(where, id, told):
+    batch = Finding("batch-not-learned", "prevents", "It is not learned.", "y", {}, [], 0.6, where=where)
+    warning = Finding(id, "warning", "x", "y", {}, [], 0.8)
+    found = {f.id: f for f in name_causes([batch, warning])}
+    assert (found[id].weight, found["batch-not-learned"].weight) == (("prevents", "note") if told else ("warning", "prevents"))
+    unsure = {f.id: f.weight for f in name_causes([batch, replace(warning, confidence=0.3)])}
+    assert unsure == {"batch-not-learned": "prevents", id: "warning"}
+
+
 def test_two_faults_are_not_put_down_to_one(given):
     model = built(given)
     becomes(model.encoder, Deaf)
@@ -119,7 +133,7 @@ def test_time_that_does_not_suffice_is_said(given):
 
 def test_check_exchanges_only_where_nothing_else_prevents_learning(given, monkeypatch):
     called = []
-    monkeypatch.setattr(exchange.Bench, "train", lambda *args, **more: called.append(args) or exchange.Trial(10, 0.1, 0.1))
+    monkeypatch.setattr(exchange.Bench, "train", lambda *args, **more: called.append(args) or exchange.Trial(10, 0.1))
     report = examined(built(given), given, families=None)
     assert called and "batch-not-learned" in report.ruled_out
     called.clear()

@@ -9,7 +9,9 @@ from nemo.collections.asr.losses.ctc import CTCLoss
 from nemo.collections.asr.models import EncDecCTCModel
 
 import tests.tools.doctor.setups.encoders  # noqa: F401  makes its classes known to NeMo
-from tests.tools.doctor.faults import blanks_removed_before_repeats, cosine_head_without_scale, linear_biases_of_the_wrong_sign
+from tests.tools.doctor.faults import (
+    after_dev_shifted_by_a_line, blanks_removed_before_repeats, cosine_head_without_scale, linear_biases_of_the_wrong_sign,
+)
 from tests.tools.doctor.healthy import head_from_zero, label_smoothing_on_ctc
 from tests.tools.doctor.setups import live, tones, written
 from tests.tools.doctor.test_moved import trained
@@ -108,6 +110,21 @@ def test_jobs_that_begin_with_nothing_beside_one_configuration(tmp_path):
         torch.save({"global_step": 390, "state_dict": {}}, folder / "last.ckpt")
     first = examine(run=tmp_path, families=["run"]).findings[0]
     assert first.id == "run-ended" and "3 times, each time from step 0" in first.symptom
+
+
+def test_a_run_hears_whether_validation_has_the_texts_of_other_rows(tmp_path):
+    made = after_dev_shifted_by_a_line.make(tmp_path)
+    first = examine(**made).findings[0]
+    assert (first.id, first.where.rsplit("/", 1)[1][:9]) == ("data-mismatched-text", "dev.json:")
+    assert "1 line further up" in first.symptom and first.evidence["of its own"] == 0
+    dev = tmp_path / "dev.json"
+    rows = tones.read(str(dev))
+    texts = [row["text"] for row in rows]
+    tones.write(str(dev), [{**row, "text": text} for row, text in zip(rows, texts[-1:] + texts[:-1])])  # as they were
+    report = examine(**made)
+    assert "data-mismatched-text" in report.ruled_out
+    assert "heard: Of the texts of validation a model that has learned hears in each utterance its own, not its neighbour's" in (
+        report.examined)
 
 
 def test_adams_rate_given_to_sgd(tmp_path):
