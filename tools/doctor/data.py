@@ -225,7 +225,8 @@ def characters_of_text(subject):
             f"{', '.join(list(kinds)[:12])}",
             "Our recipes stop at such a text; NeMo drops the characters without a word, so that targets lack what is "
             "spoken.",
-            ["spell numbers out and remove punctuation: manifests.text.normalize, or drop those lines",
+            ["remove punctuation (manifests.own_data.strip_punctuation does, and leaves apostrophes), spell numbers out, or drop "
+             "those lines",
              "or add the characters to model.labels, if they are part of the language"],
             characters=kinds,
         )

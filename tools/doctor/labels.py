@@ -235,7 +235,7 @@ def _dropped(probe, indices: list[int], width: int) -> dict[int, bool]:
     return found
 
 
-@check("labels", faults=("label-order", "tokenizer-vocabulary"), needs=("model",))
+@check("labels", faults=("label-order", "tokenizer-vocabulary", "metric-normalisation"), needs=("model",))
 def text_survives(subject):
     """Text that is turned into targets as in training, and back as in decoding, is the same text."""
     probe = subject.probe
@@ -280,13 +280,32 @@ def text_survives(subject):
             where="train_ds.labels",
         )
     if len(changed) > 0.3 * compared:
-        yield _changed(probe, changed, compared)
+        same = sum(_plain(back) == _plain(spelt) for spelt, back in changed)
+        yield _written_otherwise(changed, compared) if same == len(changed) else _changed(probe, changed, compared)
 
 
 def _letters(text: str, doubles: bool = True) -> str:
     """A text without its spaces; without `doubles` each run of one letter once."""
     letters = "".join(text.split())
     return letters if doubles else "".join(letter for letter, _ in groupby(letters))
+
+
+def _plain(text: str) -> str:
+    """The letters and digits of a text, in lower case."""
+    return "".join(char for char in text.lower() if char.isalnum())
+
+
+def _written_otherwise(changed: list[tuple[str, str]], compared: int) -> Finding:
+    text, back = changed[0]
+    return Finding(
+        "metric-normalisation", "warning",
+        f"{len(changed)} of {compared} texts come back from decoding with the same letters, and written otherwise: "
+        f"{text[:60]!r} becomes {back[:60]!r}.",
+        "Decoding changes case, apostrophes or punctuation, and references keep them: right words count as errors. The labels are "
+        "in order.",
+        {"text": text[:100], "comes back as": back[:100]},
+        ["leave texts as the labels spell them, or pass references and hypotheses through one function before they are counted"],
+        0.95, where="decoding")
 
 
 def _sentences(probe) -> list[str]:

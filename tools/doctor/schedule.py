@@ -368,6 +368,13 @@ def effective_batch(subject):
             "The gradient of so few utterances is mostly noise: from scratch the model stays with blanks, and batch "
             "normalisation has next to no statistics.", evidence,
             ["trainer.accumulate_grad_batches=8, or a larger model.train_ds.batch_size"], 0.8, where=key)
+    elif p.steps_a_pass is not None and p.steps_a_pass < 1:
+        yield Finding(
+            "batch-size", "warning",
+            f"A step sees {p.utterances:.0f} utterances, more than the whole corpus has: {p.steps_a_pass:.2g} steps a pass over the data.",
+            "Devices, accumulated batches and the batch of each multiply. A step adds up the gradients of the same utterances "
+            "several times over, and costs as many passes.", evidence,
+            ["a smaller model.train_ds.batch_size", "trainer.accumulate_grad_batches=1"], 0.8, where=key)
     elif (p.steps_a_pass is not None and p.steps_a_pass < 8 and p.steps is not None and p.steps < 600
           and not _has_learned(subject)):
         yield Finding(

@@ -75,7 +75,7 @@ def transcripts_beside_audio(subject):
             "data-mismatched-text",
             "prevents" if role == "train" and share >= 0.3 else "warning",
             f"{len(wrong)} of {len(pairs)} texts of {role} are not those of the transcripts beside the audio{how}"
-            + (f": they stand {abs(shift)} line{'s' * (abs(shift) != 1)} too {'early' if shift > 0 else 'late'}"
+            + (f": they stand {abs(shift)} line{'s' * (abs(shift) != 1)} too {'early' if shift < 0 else 'late'}"
                if shifted else "")
             + ".",
             cause,

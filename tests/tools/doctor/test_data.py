@@ -363,7 +363,7 @@ def test_texts_shifted_by_a_line_are_told_exactly_by_transcripts(audio, tmp_path
     assert "data-mismatched-text" not in ids(tmp_path, rows).ids
     first = ids(tmp_path, shifted(rows)).findings[0]
     assert first.id == "data-mismatched-text" and first.confidence == 1.0 and first.weight == "prevents"
-    assert abs(first.evidence["lines shifted by"]) == 1
+    assert first.evidence["lines shifted by"] == -1 and "1 line too early" in first.symptom
     swapped = [dict(row) for row in rows]
     swapped[2]["text"], swapped[7]["text"] = rows[7]["text"], rows[2]["text"]
     first = ids(tmp_path, swapped).findings[0]

@@ -127,6 +127,30 @@ def test_a_run_hears_whether_validation_has_the_texts_of_other_rows(tmp_path):
         report.examined)
 
 
+def test_texts_that_decoding_writes_otherwise_are_no_other_order_of_labels(tmp_path):
+    made = live(tmp_path)
+    decoding, plain = made["model"].decoding, made["model"].decoding.ctc_decoder_predictions_tensor
+
+    def capitals(*args, **kwargs):
+        found = plain(*args, **kwargs)
+        for hypothesis in found:
+            hypothesis.text = hypothesis.text.title()
+        return found
+
+    decoding.ctc_decoder_predictions_tensor = capitals
+    report = examine(**made, families=["labels"])
+    assert [(f.id, f.weight) for f in report.findings] == [("metric-normalisation", "warning")], report.findings
+    assert "label-order" in report.ruled_out
+
+
+@pytest.mark.parametrize("accumulated, warned", [(1, False), (64, True)])
+def test_steps_of_more_utterances_than_there_are(tmp_path, accumulated, warned):
+    made = written(tmp_path, trainer={"accumulate_grad_batches": accumulated})
+    found = [f for f in examine(**made, families=["schedule"]).findings if f.id == "batch-size"]
+    assert [f.weight for f in found] == ["warning"] * warned
+    assert not warned or "more than the whole corpus has" in found[0].symptom
+
+
 def test_adams_rate_given_to_sgd(tmp_path):
     plain = {"name": "sgd", "lr": 1e-3, "sched": {"name": "CosineAnnealing", "warmup_steps": 50}}
     assert found(written(tmp_path, optim=plain), "optimizer") == [("lr-too-low", "warning")]
