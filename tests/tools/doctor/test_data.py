@@ -351,6 +351,11 @@ def shifted(rows):
     return [{**row, "text": other} for row, other in zip(rows, texts[1:] + texts[:1])]
 
 
+def test_of_next_to_silent_audio_nothing_is_said_of_its_band(audio, tmp_path):
+    report = ids(tmp_path, rewritten(tmp_path, audio[:12], lambda x: (x / 4096, {"subtype": "FLOAT"})))
+    assert report.findings and "data-sample-rate" not in report.ids, report.ids
+
+
 def test_texts_shifted_by_a_line_are_told_by_length(audio, tmp_path):
     report = ids(tmp_path, shifted(audio))
     assert report.ids[0] == "data-mismatched-text" and report.exit_code == 1
