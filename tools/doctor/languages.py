@@ -52,7 +52,9 @@ def texts_are_in_one_language(subject):
         if len(rows) < FEWEST or len({row.get("lang") for row in rows}) > 1:  # of several languages, and it is known
             continue
         texts = [Counter(plain_words(row["text"])) for row in rows]
-        together = sum(texts, Counter())
+        together = Counter()
+        for words in texts:  # a sum of counters would copy all words once a row
+            together.update(words)
         usual, share = most_likely(together)
         if share < USUAL:
             continue
@@ -113,7 +115,7 @@ def in_another(texts: list[Counter], usual: str, other: str) -> tuple[list[int],
     ours, theirs = SMALL_WORDS[usual] - SMALL_WORDS[other], SMALL_WORDS[other] - SMALL_WORDS[usual]
     found, between = [], 0
     for at, words in enumerate(texts):
-        own, foreign = (sum(words[word] for word in small) for small in (ours, theirs))
+        own, foreign = (sum(words[word] for word in words.keys() & small) for small in (ours, theirs))
         if foreign >= WORDS and foreign >= SHARE * words.total() and own <= PURE * foreign:
             found.append(at)
         elif foreign >= 2 and own >= 2 and PURE * own < foreign:
