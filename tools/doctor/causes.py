@@ -6,6 +6,8 @@ from dataclasses import replace
 
 from tools.doctor.finding import WEIGHTS, Finding
 
+CUT_SHORT = "rows whose audio is too short for their text"  # evidence of audio that was cut off, not of other texts
+
 # cause -> what else it makes look wrong. Where both are found, the effect becomes a note that names its cause.
 EFFECTS: dict[str, tuple[str, ...]] = {
     "batch-leak": (
@@ -166,7 +168,7 @@ def name_causes(findings: list[Finding]) -> list[Finding]:
         # The probes' utterances are over before anything of them comes out: nothing of the input, and no gradient.
         effects["vanishes"] = tuple(id for id in EFFECTS["vanishes"] if id != "time-scrambled")
     first = {id for id in stopping if not any(id in effects.get(other, ()) for other in stopping - {id})}
-    warned = {finding.id for finding in findings if finding.weight == "warning"}
+    warned = {finding.id for finding in findings if finding.weight == "warning" and CUT_SHORT not in finding.evidence}
     out = []
     for finding in findings:
         causes = [cause for cause in first if cause != finding.id and finding.id in effects.get(cause, ())]

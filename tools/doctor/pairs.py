@@ -12,6 +12,7 @@ from collections import Counter
 
 import numpy as np
 
+from tools.doctor.causes import CUT_SHORT
 from tools.doctor.finding import Finding, Plot
 from tools.doctor.registry import NotExamined, check
 
@@ -31,6 +32,10 @@ FIX = [
     "listen to the utterances named; build the manifest again, joining audio and text by utterance id, not by position",
     "for LibriSpeech: python -m manifests.librispeech reads both from the same tree",
 ]
+FAR, ONE_SIDED = 4.0, 0.8  # spreads from the usual length; share of such rows that are shorter
+CUT_OFF = ("The audio was cut off, or the texts go on where it ends. Were they the texts of other audio, as many would be too short "
+           "for theirs.")
+WHOLE = ["cut the audio of these rows again, or take them out: what is not heard cannot be learned"]
 
 
 @check("pairs", faults=("data-mismatched-text",), needs=("manifests",))
@@ -117,16 +122,21 @@ def _partial(role: str, rows: list[dict], duration: np.ndarray):
         symptom = (f"About {share:.0%} of the texts of {role} do not go with the length of their speech, the others "
                    "do.")
         odd = np.argsort(-np.abs(residual))[:5].tolist()
+    far = np.flatnonzero(np.abs(residual) > FAR * _spread(residual))
+    short = block is None and len(far) >= 3 and float((residual[far] < 0).mean()) > ONE_SIDED
+    if short:  # other texts would be too short as often
+        symptom = f"The audio of about {len(far)} rows of {role} is far shorter than their texts take to say, and of hardly any longer."
+        odd = np.argsort(residual)[:5].tolist()
     yield Finding(
         "data-mismatched-text",
         "prevents" if role == "train" and share >= 0.5 else "warning",
         symptom,
-        CAUSE,
-        {"share": round(share, 3), "spread of log duration given the text": round(_spread(residual), 3),
+        CUT_OFF if short else CAUSE,
+        {**({CUT_SHORT: len(far)} if short else {}), "share": round(share, 3), "spread of log duration given the text": round(_spread(residual), 3),
          "spread if pairs were random": round(float(random_pairs.std()), 3),
          "look at": [f"{rows[i]['_at']}: {rows[i]['duration']:.2f} s, {rows[i]['text'][:60]!r}" for i in odd]},
-        FIX,
-        0.8 if block is not None else 0.7,
+        WHOLE if short else FIX,
+        0.5 if short else 0.8 if block is not None else 0.7,
         where=rows[odd[0]]["_at"],
         plots=[scatter(rows, role)],
     )

@@ -12,7 +12,9 @@ import soundfile
 
 from tests.recipes import tiny
 from tools.doctor import languages, loading, pairs
+from tools.doctor.causes import CUT_SHORT, name_causes
 from tools.doctor.engine import examine
+from tools.doctor.finding import Finding
 from tools.doctor.registry import NotExamined
 from tools.doctor.subject import Subject
 
@@ -357,6 +359,26 @@ def test_of_next_to_silent_audio_nothing_is_said_of_its_band():
     assert _no_upper_band({"high": 1e-8, "rms": 0.1}) and _no_upper_band({"high": 1e-8, "rms": 1e-5})
     assert _no_upper_band({"high": 1e-6, "rms": 0.01})  # what rounding leaves
     assert not _no_upper_band({"high": 1e-3, "rms": 2e-6}) and not _no_upper_band({"high": 1e-3, "rms": 0.1})
+
+
+def test_audio_that_was_cut_off_is_told_from_texts_of_other_audio(tmp_path):
+    generator = np.random.default_rng(0)
+    rows = [{"audio_filepath": f"/nowhere/{i}.wav", "duration": 1, "text": "word " * int(generator.integers(4, 40))}
+            for i in range(400)]
+    rows = [{**row, "duration": round(len(row["text"]) / 15 * float(generator.lognormal(0, 0.1)), 2)} for row in rows]
+    cut = changed(rows, range(0, 400, 25), duration=0.4)
+    other = [dict(row) for row in rows]
+    some = generator.permutation(400)[:60]
+    for a, b in zip(some, np.roll(some, 1)):
+        other[a]["text"] = rows[b]["text"]
+    assert ids(tmp_path, rows, ["pairs"]).findings == []
+    one, two = (ids(tmp_path, some_rows, ["pairs"]).findings[0] for some_rows in (cut, other))
+    assert (one.id, one.confidence, CUT_SHORT in one.evidence) == ("data-mismatched-text", 0.5, True)
+    assert "far shorter than their texts take" in one.symptom and "cut off" in one.cause
+    assert CUT_SHORT not in two.evidence and two.confidence == 0.7
+    long = Finding("data-target-too-long", "warning", "x", "y", {"median fill": 0.4}, [], 0.9)
+    assert [f.id for f in name_causes([one, long]) if f.weight == "warning"] == ["data-target-too-long", "data-mismatched-text"]
+    assert [f.id for f in name_causes([two, long]) if f.weight == "warning"] == ["data-mismatched-text"]
 
 
 def test_texts_shifted_by_a_line_are_told_by_length(audio, tmp_path):
