@@ -148,8 +148,13 @@ def with_part_at_fault(findings: list[Finding]) -> list[Finding]:
         return findings
     cause = max(known, key=lambda f: f.confidence)
     told = replace(cause, weight=batch.weight, evidence={**cause.evidence, "and so": batch.symptom})
-    effect = replace(batch, weight="note", symptom=f"{batch.symptom} This follows from {cause.id}: mend that first.")
-    return [told if f is cause else effect if f is batch else f for f in findings]
+    return [told if f is cause else as_effect(batch, [cause.id]) if f is batch else f for f in findings]
+
+
+def as_effect(finding: Finding, causes: list[str]) -> Finding:
+    """The finding as a note that names its causes."""
+    return replace(finding, weight="note",
+                   symptom=f"{finding.symptom} This follows from {', '.join(sorted(causes))}: mend that first.")
 
 
 def _began_there(module: str, source: str) -> bool:
@@ -178,7 +183,6 @@ def name_causes(findings: list[Finding]) -> list[Finding]:
         if _of_the_tokenizer(finding, findings):
             causes = ["tokenizer-vocabulary"]
         if causes and finding.weight != "note":
-            symptom = f"{finding.symptom} This follows from {', '.join(sorted(causes))}: mend that first."
-            finding = replace(finding, weight="note", symptom=symptom)
+            finding = as_effect(finding, causes)
         out.append(finding)
     return out

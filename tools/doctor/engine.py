@@ -82,8 +82,7 @@ def examine(
             named += run_checks(subject, checks(["model"], OF_A_RUN), [*available, "model"], report)
         else:
             report.not_examined.append(f"the model of this run: {reason}")
-    if families is None and subject.has("model") and (subject.run is None or unlearned(report)) and not subject.findings and not (
-            {finding.id for finding in report.of_weight("prevents")} - UNLEARNED):
+    if families is None and subject.has("model") and (subject.run is None or unlearned(report)) and not explained(subject, report):
         named += run_checks(subject, checks(["model"], [LAST]), [*available, "model"], report)
     report.findings = name_causes([*subject.findings, *report.findings])
     report.findings += refused(subject, report, families)
@@ -141,6 +140,11 @@ def refused(subject: Subject, report: Report, families: list[str] | None) -> lis
     return [Finding("model-does-not-build", "prevents", f"Training refuses this configuration: {why}.",
                     "A value is missing, or two values cannot be together.", {}, ["mend the key that it names"], 1.0,
                     where=subject.settings.name)]
+
+
+def explained(subject: Subject, report: Report) -> bool:
+    """Whether something is known already that prevents learning, beside that a run has not learned."""
+    return bool(subject.findings or {finding.id for finding in report.of_weight("prevents")} - UNLEARNED)
 
 
 def unlearned(report: Report, told_by_dev: bool = True) -> bool:

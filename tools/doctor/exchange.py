@@ -183,8 +183,9 @@ class Bench:
                 for value, begun in self.begun:
                     value.copy_(begun) if value.shape == begun.shape else value.set_(begun.clone())
             parts = self._parts(plain or ())
-            wanted = [p for part in parts.values() for p in part.parameters()] if plain else self.model.parameters()
-            optimizer = torch.optim.AdamW([p for p in wanted if p.requires_grad], lr=rate, weight_decay=0.0)
+            every = [p for part in parts.values() for p in part.parameters()] if plain else self.model.parameters()
+            wanted = [p for p in every if p.requires_grad]
+            optimizer = torch.optim.AdamW(wanted, lr=rate, weight_decay=0.0)
             for step in range(1, steps + 1):
                 if self.subject.seconds_left() < 1:
                     raise NotExamined(f"the time was over after {made} steps of a trial: python -m tools.doctor check ... "
@@ -192,18 +193,15 @@ class Bench:
                 for group in optimizer.param_groups:
                     group["lr"] = rate * min(step / WARMUP, 1.0)
                 optimizer.zero_grad(set_to_none=True)
-                look = step % LOOK == 0 or step == steps
                 loss = self._own_step() if plain is None else self._loss(parts, deaf)
                 if loss is not None and loss.requires_grad:
                     loss.sum().backward()
-                wrong = not all(torch.isfinite(p.grad).all() for g in optimizer.param_groups for p in g["params"]
-                                if p.grad is not None)
-                if wrong:
+                if not all(torch.isfinite(p.grad).all() for p in wanted if p.grad is not None):
                     break
-                torch.nn.utils.clip_grad_norm_([p for g in optimizer.param_groups for p in g["params"]], 1.0)
+                torch.nn.utils.clip_grad_norm_(wanted, 1.0)
                 optimizer.step()
                 made += 1
-                if look:
+                if step % LOOK == 0 or step == steps:
                     with torch.no_grad():
                         now = float(self._loss(parts, deaf))
                     least = min(least, now) if math.isfinite(now) else least

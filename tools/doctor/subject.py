@@ -163,31 +163,31 @@ class Subject:
 
     def open_model_of_run(self) -> str | None:
         """Builds the model of a run's configuration anew; says why where that cannot be done, which is no fault."""
-        from tools.doctor.opening import ModelUnreadable, open_model
-
         if self.run is None or self.settings is None or not self.settings.builds_model:
             return "no configuration in its folder says how it is built"
-        try:
-            self._probe = open_model(self)
-        except ModelUnreadable as error:  # it was built once, where its code and its tokenizer are
-            return error.finding.symptom
-        return None
+        return self._try_to_open()
 
     def open_weights_of_run(self) -> str | None:
         """Opens the newest checkpoint of a run; says why where that cannot be done, which is no fault."""
         from tools.doctor import checkpoints
-        from tools.doctor.opening import ModelUnreadable, open_model
 
         found = checkpoints.find(self.run)
         if not found:
             return "no checkpoint is there"
         self.given_model = found[-1]
         try:
+            return self._try_to_open()
+        finally:
+            self.given_model = None
+
+    def _try_to_open(self) -> str | None:
+        """Opens the model of a run; why not, where its code or its tokenizer are not here any more."""
+        from tools.doctor.opening import ModelUnreadable, open_model
+
+        try:
             self._probe = open_model(self)
         except ModelUnreadable as error:
             return error.finding.symptom
-        finally:
-            self.given_model = None
         return None
 
     def _unreadable(self, symptom: str, where: str, fix: list[str]) -> None:
