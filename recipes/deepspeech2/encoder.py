@@ -101,6 +101,8 @@ class DeepSpeech2Encoder(CTCEncoder):
         bidirectional: False with ``look_ahead`` > 0 is the paper's streaming model.
         merge: directions ``sum`` (paper) or ``concat``.
         rnn_norm: normalisation of what enters each recurrent layer and leaves the last.
+        residual: what enters a recurrent layer, before its normalisation, is added to what leaves it (all layers but the
+            first, whose input is of another size). With it a deeper and narrower stack learns (AlgoPerf's DeepSpeech).
         dropout: between layers, in training.
         look_ahead: future frames of the row convolution, only where ``bidirectional`` is False.
         feat_out: size of a last clipped-ReLU projection, 0 for none.
@@ -122,6 +124,7 @@ class DeepSpeech2Encoder(CTCEncoder):
         bidirectional: bool = True,
         merge: str = "sum",
         rnn_norm: str = "batch",
+        residual: bool = False,
         dropout: float = 0.1,
         look_ahead: int = 0,
         feat_out: int = 0,
@@ -160,6 +163,7 @@ class DeepSpeech2Encoder(CTCEncoder):
             self.norms.append(SequenceNorm(rnn_norm if i else "none", size))
             self.rnns.append(RecurrentLayer(size, rnn_hidden, rnn_type, bidirectional, merge))
             size = self.rnns[-1].output_size
+        self.residual = residual
         self.look_ahead = LookAhead(size, look_ahead) if look_ahead else None
         self.out_norm = SequenceNorm(rnn_norm, size)
         self.projection = nn.Linear(size, feat_out) if feat_out else None
@@ -189,10 +193,11 @@ class DeepSpeech2Encoder(CTCEncoder):
         x = x.permute(0, 2, 3, 1).reshape(B, T, F_out * C)
         capture, captured = layers_to_capture(self), {}
         for layer, (norm, rnn) in enumerate(zip(self.norms, self.rnns)):
-            x = norm(x, mask_BT)
+            normed = norm(x, mask_BT)
             if layer and layer - 1 in capture:  # the layer below, as this one is given it
-                captured[layer - 1] = x.masked_fill(~mask_BT[:, :, None], 0.0).transpose(1, 2)
-            x = rnn(self.dropout(x), length, mask_BT)
+                captured[layer - 1] = normed.masked_fill(~mask_BT[:, :, None], 0.0).transpose(1, 2)
+            y = rnn(self.dropout(normed), length, mask_BT)
+            x = x + y if self.residual and layer and x.shape == y.shape else y
         if self.look_ahead is not None:
             x = self.look_ahead(x)
         x = self.out_norm(x, mask_BT)
