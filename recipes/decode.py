@@ -126,13 +126,14 @@ def evaluation_mode(model):
 
 
 @torch.inference_mode()
-def log_probs(model, audio_BT: Tensor, lengths: Tensor) -> tuple[Tensor, Tensor]:
-    """Waveforms (B, T) with lengths (B) to log-probs (B, T', V+1) with lengths (B)."""
-    output = model.forward(input_signal=audio_BT, input_signal_length=lengths)
-    if hasattr(model, "ctc_decoder"):
-        encoded_BDT, encoded_lengths = output
-        return model.ctc_decoder(encoder_output=encoded_BDT), encoded_lengths
-    return output[0], output[1]
+def log_probs(model, audio_BT: Tensor, lengths: Tensor, precision: str = "32") -> tuple[Tensor, Tensor]:
+    """Waveforms (B, T) with lengths (B) to log-probs (B, T', V+1) with lengths (B); `precision` is one of PRECISIONS."""
+    with torch.autocast(audio_BT.device.type, torch.bfloat16, enabled=precision == "bf16-mixed"):
+        output = model.forward(input_signal=audio_BT, input_signal_length=lengths)
+        if hasattr(model, "ctc_decoder"):
+            encoded_BDT, encoded_lengths = output
+            return model.ctc_decoder(encoder_output=encoded_BDT), encoded_lengths
+        return output[0], output[1]
 
 
 class Decoder:
@@ -143,6 +144,8 @@ class Decoder:
         read: (row, sample rate) to mono float32 samples; raises RuntimeError naming the file.
         batch_seconds: padded seconds of audio in a batch; by default `BATCH_SECONDS` of the device, and on a CPU
             less where that would leave cores idle.
+        precision: `32`, or `bf16-mixed` for products in bfloat16, as in training: faster where the processor has them,
+            and now and then another letter where two are equally likely.
         num_workers: batches at once on a CPU, reading threads beside a GPU; by default torch's threads, or 4.
         on_audio: told the seconds of audio done, after each batch, in this thread.
         on_error: told (row index, error) of audio that cannot be read; without it the first one is raised.
@@ -152,8 +155,8 @@ class Decoder:
     """
 
     def __init__(self, model, rows: list[dict], *, read: Callable = read_audio, batch_seconds: float | None = None,
-                 num_workers: int | None = None, on_audio: Callable | None = None, on_error: Callable | None = None):
-        self.model, self.rows, self.read = model, rows, read
+                 precision: str = "32", num_workers: int | None = None, on_audio: Callable | None = None, on_error: Callable | None = None):
+        self.model, self.rows, self.read, self.precision = model, rows, read, precision
         self.device = next(model.parameters()).device
         self.sample_rate = sample_rate_of(model)
         self.on_cpu = self.device.type == "cpu"
@@ -205,14 +208,16 @@ class Decoder:
                 raise
 
     def _run_parallel(self) -> None:
-        # The longest batch goes alone: models that grow a buffer with the length (position encodings) do it here.
-        self._decode(*self._read(self.groups[0]))
-        self._tell(self.groups[0])
+        # The longest utterance goes alone: models that grow a buffer with the length (position encodings) do it here.
+        (longest, *others), *groups = self.groups
+        self._decode(*self._read([longest]))
+        self._tell([longest])
+        groups = [others, *groups] if others else groups
         threads, late = torch.get_num_threads(), []
         pool = ThreadPoolExecutor(self.workers, initializer=torch.set_num_threads, initargs=(1,))
         try:
             futures: dict[Future, list[int]] = {
-                pool.submit(self._read_and_decode, group): group for group in self.groups[1:]
+                pool.submit(self._read_and_decode, group): group for group in groups
             }
             for future in as_completed(futures):
                 if (batch := future.result()) is not None:
@@ -268,7 +273,9 @@ class Decoder:
             return
         self._longest = max(self._longest, audio_BT.shape[1])
         try:
-            log_probs_BTV, encoded_lengths = log_probs(self.model, audio_BT.to(self.device), lengths.to(self.device))
+            log_probs_BTV, encoded_lengths = log_probs(
+                self.model, audio_BT.to(self.device), lengths.to(self.device), self.precision
+            )
         except torch.cuda.OutOfMemoryError as error:
             seconds = audio_BT.numel() / self.sample_rate
             raise ModelError(f"a batch of {seconds:.0f} s does not fit into the GPU: lower batch_seconds") from error

@@ -21,7 +21,8 @@ if not __package__:  # started by path: the project's root in place of this fold
 from manifests.schema import ManifestError, iter_manifest, resolve_audio, show, write_atomic, write_manifest
 from manifests.validate import DURATION_TOLERANCE
 from recipes.options import (
-    EXIT_FAILED, EXIT_USAGE, UsageError, existing_model, fail, option, parse, path_list, positive, required
+    EXIT_FAILED, EXIT_USAGE, PRECISIONS, UsageError, existing_model, fail, known, option, parse, path_list, positive,
+    required,
 )
 from recipes.quiet import quiet_imports
 from recipes.threads import set_threads
@@ -43,6 +44,7 @@ class Options:
     output: Optional[str] = option("folder for predictions and metrics, by default evaluation/ beside the model", None)
     batch_seconds: Optional[float] = option("padded seconds of audio in a batch, by default by the device", None)
     device: str = option("auto, cpu, cuda or cuda:N", "auto")
+    precision: str = option("32, or bf16-mixed: faster where the processor or GPU has bfloat16", "32")
     num_workers: Optional[int] = option("batches at once on a CPU, reading threads beside a GPU", None)
     pairs: int = option("reference/hypothesis pairs to print", 5)
 
@@ -114,7 +116,7 @@ def read_sets(manifests, names=None) -> list[EvaluationSet]:
 
 
 def evaluate_model(model, manifests, *, output=None, names=None, batch_seconds: float | None = None,
-                   num_workers: int | None = None, progress: bool = True, model_path=None) -> dict:
+                   precision: str = "32", num_workers: int | None = None, progress: bool = True, model_path=None) -> dict:
     """Decodes the manifests greedily and returns the metrics; writes them and the predictions where `output` is given.
 
     Args:
@@ -122,7 +124,7 @@ def evaluate_model(model, manifests, *, output=None, names=None, batch_seconds: 
         manifests: path, list of paths, or list of EvaluationSet.
         output: folder for predictions_NAME.json and metrics.json.
         names: labels of the manifests, by default their file names.
-        batch_seconds, num_workers: see recipes.decode.Decoder.
+        batch_seconds, precision, num_workers: see recipes.decode.Decoder.
         progress: a bar in seconds of audio, on stderr.
 
     Returns a dict: `manifests` (a list of results in order), `overall`, and how they were measured. A result has
@@ -145,7 +147,10 @@ def evaluate_model(model, manifests, *, output=None, names=None, batch_seconds: 
     with tqdm(total=total, **shown) as bar:
         for one in sets:
             rows = [{**row, "audio_filepath": audio} for row, audio in zip(one.rows, one.audio)]
-            decoder = Decoder(model, rows, batch_seconds=batch_seconds, num_workers=num_workers, on_audio=bar.update)
+            decoder = Decoder(
+                model, rows, batch_seconds=batch_seconds, precision=precision, num_workers=num_workers,
+                on_audio=bar.update,
+            )
             try:
                 hypotheses = decoder.run()
             except AudioError as error:
@@ -158,6 +163,7 @@ def evaluate_model(model, manifests, *, output=None, names=None, batch_seconds: 
         "parameters": sum(parameter.numel() for parameter in model.parameters()),
         "device": str(next(model.parameters()).device),
         "decoding": "greedy CTC",
+        "precision": precision,
         "normalisation": NORMALISATION,
         "interval": INTERVAL,
         "manifests": results,
@@ -286,6 +292,7 @@ def main(arguments: list[str] | None = None) -> int:
         options = parse(Options, list(sys.argv[1:] if arguments is None else arguments), __doc__)
         positive("batch_seconds", options.batch_seconds)
         positive("num_workers", options.num_workers)
+        known("precision", options.precision, PRECISIONS)
         path = existing_model(options.model)
         sets = read_sets(options.manifests, options.names)
     except UsageError as error:
@@ -301,8 +308,8 @@ def main(arguments: list[str] | None = None) -> int:
         model = load_model(path, options.device)
         output.mkdir(parents=True, exist_ok=True)  # a folder that cannot be written to is found before the work
         metrics = evaluate_model(
-            model, sets, output=output, batch_seconds=options.batch_seconds, num_workers=options.num_workers,
-            model_path=path,
+            model, sets, output=output, batch_seconds=options.batch_seconds, precision=options.precision,
+            num_workers=options.num_workers, model_path=path,
         )
     except (ManifestError, ModelError, OSError) as error:
         fail("evaluate.py", error, EXIT_FAILED)

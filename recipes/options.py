@@ -17,6 +17,7 @@ from omegaconf.errors import OmegaConfBaseException
 from recipes.pretrained import FOLDERS, pretrained_path
 
 EXIT_FAILED, EXIT_USAGE = 1, 2
+PRECISIONS = ("32", "bf16-mixed")  # of decoding; Lightning's names
 
 
 class UsageError(ValueError):
@@ -123,6 +124,12 @@ def positive(key: str, value: float | None) -> None:
     """Raises UsageError where a number is given and is not above 0."""
     if value is not None and not value > 0:
         raise UsageError(f"{key}={value}: must be above 0")
+
+
+def known(key: str, value: str, valid: tuple[str, ...]) -> None:
+    """Raises UsageError where the value is none of the valid ones."""
+    if value not in valid:
+        raise UsageError(f"{key}={value}: use one of {', '.join(valid)}")
 
 
 def fail(program: str, error: Exception | str, status: int) -> NoReturn:

@@ -16,7 +16,6 @@ there (see ``_CLOSED``). Gate order and equations are those of torch.nn.GRU, LST
 
 from __future__ import annotations
 
-import functools
 import os
 import warnings
 from concurrent.futures import ThreadPoolExecutor
@@ -167,12 +166,11 @@ def _for_steps(w_KIO: Tensor, rows: int) -> tuple[list[Tensor], bool]:
     oneDNN multiplies in bfloat16 only what lies in an order of its own. Given a plain matrix it puts it there first,
     at every step of the loop: with 10 rows of 320 units that is a quarter of the product's time.
     """
-    if w_KIO.dtype == torch.bfloat16 and _packs():
+    if w_KIO.dtype == torch.bfloat16 and PACKS:
         return [torch.ops.mkldnn._reorder_linear_weight(w.t().contiguous(), rows) for w in w_KIO], True
     return list(w_KIO), False
 
 
-@functools.cache
 def _packs() -> bool:
     """Whether this torch and this processor have oneDNN's packed products; they are not part of torch's public API."""
     try:
@@ -183,13 +181,28 @@ def _packs() -> bool:
         return False
 
 
+PACKS = _packs()
+
+
+def _packed_product(x: Tensor, w: Tensor) -> Tensor:
+    return torch.ops.mkldnn._linear_pointwise(x, w, None, "none", [], "")
+
+
+def _plain_product(x: Tensor, w: Tensor) -> Tensor:
+    return torch.mm(x, w)
+
+
+# TorchScript would not compile a call of what this torch does not have
+_product = _scripted(_packed_product if PACKS else _plain_product)
+
+
 @_scripted
 def _products(x: Tensor, w: List[Tensor], packed: bool, out: Tensor):
     """x (K, B, I) with the matrices of `_for_steps` into out (K, B, O), which may be of a wider type."""
     for k in range(len(w)):
         # widened at once: an addition of mixed types is three times as slow as the conversion and a plain one
         if packed:
-            out[k].copy_(torch.ops.mkldnn._linear_pointwise(x[k], w[k], None, "none", [], ""))
+            out[k].copy_(_product(x[k], w[k]))
         elif x.dtype == out.dtype:
             torch.mm(x[k], w[k], out=out[k])
         else:

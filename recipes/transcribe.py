@@ -20,7 +20,8 @@ if not __package__:  # started by path: the project's root in place of this fold
 
 from manifests.schema import write_atomic, write_manifest
 from recipes.options import (
-    EXIT_FAILED, EXIT_USAGE, UsageError, existing_model, fail, option, parse, path_list, positive, required
+    EXIT_FAILED, EXIT_USAGE, PRECISIONS, UsageError, existing_model, fail, known, option, parse, path_list, positive,
+    required,
 )
 from recipes.quiet import quiet_imports
 from recipes.threads import set_threads
@@ -38,6 +39,7 @@ class Options:
     output: Optional[str] = option("file to save to: .txt with path<TAB>text, .json for a manifest", None)
     batch_seconds: Optional[float] = option("padded seconds of audio in a batch, by default by the device", None)
     device: str = option("auto, cpu, cuda or cuda:N", "auto")
+    precision: str = option("32, or bf16-mixed: faster where the processor or GPU has bfloat16", "32")
     num_workers: Optional[int] = option("batches at once on a CPU, reading threads beside a GPU", None)
 
 
@@ -103,8 +105,8 @@ def read_mono(row: dict, sample_rate: int):
     return samples if rate == sample_rate else soxr.resample(samples, rate, sample_rate)
 
 
-def transcribe(model, files: list[Path], *, batch_seconds: float | None = None, num_workers: int | None = None,
-               progress: bool = False, on_error=None) -> list[dict]:
+def transcribe(model, files: list[Path], *, batch_seconds: float | None = None, precision: str = "32",
+               num_workers: int | None = None, progress: bool = False, on_error=None) -> list[dict]:
     """Rows (`audio_filepath`, `duration` in seconds, `pred_text`) of the files that could be read, in their order.
 
     `on_error` is told one line about each of the others; without it the first raises RuntimeError.
@@ -128,8 +130,8 @@ def transcribe(model, files: list[Path], *, batch_seconds: float | None = None, 
     shown = {"unit": "s", "unit_scale": True, "desc": "seconds of audio", "leave": False, "disable": not progress}
     with tqdm(total=total, **shown) as bar:
         decoder = Decoder(
-            model, rows, read=read_mono, batch_seconds=batch_seconds, num_workers=num_workers, on_audio=bar.update,
-            on_error=lambda index, error: report(error),
+            model, rows, read=read_mono, batch_seconds=batch_seconds, precision=precision, num_workers=num_workers,
+            on_audio=bar.update, on_error=lambda index, error: report(error),
         )
         texts = decoder.run()
     for i in decoder.short:
@@ -156,6 +158,7 @@ def main(arguments: list[str] | None = None) -> int:
         options = parse(Options, given, __doc__)
         positive("batch_seconds", options.batch_seconds)
         positive("num_workers", options.num_workers)
+        known("precision", options.precision, PRECISIONS)
         model_path = existing_model(options.model)
         output = Path(options.output).expanduser() if options.output else None
         if output and output.suffix not in OUTPUTS:
@@ -183,7 +186,8 @@ def main(arguments: list[str] | None = None) -> int:
     try:
         model = load_model(model_path, options.device)
         rows = transcribe(
-            model, files, batch_seconds=options.batch_seconds, num_workers=options.num_workers,
+            model, files, batch_seconds=options.batch_seconds, precision=options.precision,
+            num_workers=options.num_workers,
             progress=sys.stderr.isatty(), on_error=on_error,
         )
         if output:

@@ -197,7 +197,7 @@ class DeepSpeech2Encoder(CTCEncoder):
             if layer and layer - 1 in capture:  # the layer below, as this one is given it
                 captured[layer - 1] = normed.masked_fill(~mask_BT[:, :, None], 0.0).transpose(1, 2)
             y = rnn(self.dropout(normed), length, mask_BT)
-            x = x + y if self.residual and layer and x.shape == y.shape else y
+            x = x + y if self.residual and layer else y
         if self.look_ahead is not None:
             x = self.look_ahead(x)
         x = self.out_norm(x, mask_BT)

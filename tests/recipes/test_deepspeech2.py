@@ -9,6 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from recipes.deepspeech2.encoder import DeepSpeech2Encoder, LookAhead
+from recipes import recurrent_cpu
 from recipes.lengths import valid_mask
 from recipes.recurrent import RNN_TYPES, RecurrentLayer, SequenceBatchNorm, SequenceNorm
 from recipes.recurrent_cpu import recurrence
@@ -31,6 +32,7 @@ VARIANTS = {
     "lstm, concatenated, projected": dict(rnn_type="lstm", merge="concat", feat_out=10),
     "streaming": dict(bidirectional=False, look_ahead=3, rnn_norm="layer"),
     "paper kernels": dict(conv_kernels=((9, 11), (5, 11)), conv_strides=((2, 2), (2, 1)), rnn_type="relu"),
+    "residual": dict(rnn_layers=3, residual=True, rnn_norm="layer"),
     "three convs for BPE": dict(
         conv_channels=(4, 4, 4), conv_kernels=((3, 3),) * 3, conv_strides=((2, 2),) * 3, rnn_type="tanh"
     ),
@@ -144,6 +146,36 @@ def test_cpu_recurrence_equals_torch_in_values_and_gradients(rnn_type, bidirecti
         results.append([y, x.grad, *(p.grad for p in layer.parameters())])
         x.grad = None
     torch.testing.assert_close(*results, atol=1e-12, rtol=1e-9)
+
+
+@pytest.mark.skipif(not recurrent_cpu.PACKS, reason="this torch or processor has no packed products in bfloat16")
+@pytest.mark.parametrize("rnn_type", ["gru", "lstm"])
+def test_packed_products_equal_plain_ones(rnn_type, threads, monkeypatch):
+    torch.manual_seed(0)
+    layer, x = RecurrentLayer(24, 20, rnn_type), torch.randn(6, 30, 24)
+    lengths = torch.tensor([30, 30, 21, 7, 1, 0])
+    results = []
+    for packs in (True, False):
+        monkeypatch.setattr(recurrent_cpu, "PACKS", packs)
+        layer.zero_grad()
+        with torch.autocast("cpu", torch.bfloat16):
+            y = layer(x, lengths, valid_mask(lengths, 30))
+        y.square().sum().backward()
+        results.append([y.detach(), *(p.grad for p in layer.parameters())])
+    for packed, plain in zip(*results):  # sums in another order, rounded to bfloat16
+        assert (packed - plain).abs().max() < 0.01 * plain.abs().max()
+
+
+def test_a_residual_stack_adds_what_enters_a_layer_to_what_leaves_it():
+    encoder = small(rnn_layers=2, residual=True, rnn_norm="none").eval()
+    without = small(rnn_layers=2, rnn_norm="none").eval()
+    x, lengths = torch.randn(2, 16, 40), torch.tensor([40, 24])
+    entering = []
+    encoder.rnns[1].register_forward_pre_hook(lambda module, arguments: entering.append(arguments[0]))
+    with torch.no_grad():
+        (y, out), (plain, _) = (e(audio_signal=x, length=lengths) for e in (encoder, without))
+    expected = plain + entering[0].transpose(1, 2)
+    torch.testing.assert_close(y, expected.masked_fill(~valid_mask(out, y.shape[2])[:, None], 0.0))
 
 
 @pytest.mark.parametrize("merge", ["sum", "concat"])

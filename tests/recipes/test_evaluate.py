@@ -12,7 +12,9 @@ import torch
 
 from manifests.schema import ManifestError, read_manifest
 from recipes import evaluate
+from recipes.decode import log_probs
 from recipes.evaluate import evaluate_model, read_sets, report
+from recipes.options import PRECISIONS
 from tests.conftest import ROOT
 from tests.recipes import tiny
 from tests.recipes.tiny import RATE, corpus, write_audio, write_rows
@@ -65,6 +67,16 @@ def test_hypotheses_do_not_depend_on_batches_or_threads_and_keep_the_order(model
         for workers in (1, 2, 3):
             assert decode(model, rows, batch_seconds=batch_seconds, num_workers=workers) == expected
     assert decode(model, rows[::-1]) == expected[::-1]
+
+
+def test_bf16_gives_almost_the_same_log_probs_and_says_so(model, rows, tmp_path):
+    audio = torch.randn(2, RATE)
+    lengths = torch.tensor([RATE, RATE // 2])
+    exact, low = (log_probs(model, audio, lengths, precision)[0] for precision in PRECISIONS)
+    assert 0 < (exact - low.float()).abs().max() < 0.1
+    path = write_rows(tmp_path / "m.json", rows)
+    for precision in PRECISIONS:
+        assert evaluate_model(model, path, progress=False, precision=precision)["precision"] == precision
 
 
 def test_durations_that_lie_change_no_hypothesis(model, rows):
@@ -156,6 +168,16 @@ def test_overall_sums_the_manifests_and_cost_is_measured(model, rows, tmp_path):
     assert overall["seconds"] == pytest.approx(first["seconds"] + second["seconds"])
     assert overall["real_time_factor"] == pytest.approx(overall["seconds"] / (overall["hours"] * 3600), rel=0.05)
     assert "lower case" in metrics["normalisation"] and metrics["decoding"] == "greedy CTC"
+
+
+def test_bf16_gives_almost_the_same_log_probs_and_says_so(model, rows, tmp_path):
+    audio = torch.randn(2, RATE)
+    lengths = torch.tensor([RATE, RATE // 2])
+    exact, low = (log_probs(model, audio, lengths, precision)[0] for precision in PRECISIONS)
+    assert 0 < (exact - low.float()).abs().max() < 0.1
+    path = write_rows(tmp_path / "m.json", rows)
+    for precision in PRECISIONS:
+        assert evaluate_model(model, path, progress=False, precision=precision)["precision"] == precision
 
 
 def test_durations_that_lie_change_neither_hours_nor_speed_and_are_told_once(model, rows, tmp_path):
@@ -308,6 +330,7 @@ def test_text_on_some_lines_only_is_refused(rows, tmp_path):
         (["model=MODEL", "manifests=MANIFEST", "--pairs"], "'--pairs' is not KEY=VALUE; write for example pairs=VALUE"),
         (["model=MODEL", "manifests=MANIFEST", "pairs=many"], "pairs=many: Value 'many'"),
         (["model=MODEL", "manifests=MANIFEST", "batch_seconds=-3"], "batch_seconds=-3.0: must be above 0"),
+        (["model=MODEL", "manifests=MANIFEST", "precision=16"], "precision=16: use one of 32, bf16-mixed"),
         (["model=none.nemo", "manifests=MANIFEST"], "model=none.nemo: no such file"),
         (["model=MANIFEST", "manifests=MANIFEST"], ".json is no known kind; give a .nemo, or a Lightning .ckpt"),
         (["model=MODEL", "manifests=a.json,b.json"], "no such file; for several write manifests=[a,b]"),
