@@ -77,7 +77,8 @@ def test_sizes_of_the_conformer():
 
 @pytest.mark.parametrize("norm", ["batch", "layer"])
 def test_deepspeech2(batches, norm):
-    check_case(deepspeech2.run_case({**DEEPSPEECH2, "rnn_norm": norm}, batches, LABELS, CPU, "32"))
+    settings = {**DEEPSPEECH2, "rnn_norm": norm, "residual": norm == "layer"}
+    check_case(deepspeech2.run_case(settings, batches, LABELS, CPU, "32"))
 
 
 def test_deepspeech2_with_other_weights_is_not_measured(batches):

@@ -57,7 +57,7 @@ class PackedDeepSpeech2(nn.Module):
         kinds = [norm.kind for norm in (*ours.norms, ours.out_norm)]
         sizes = [rnn.input_size for rnn in self.rnns] + [ours.rnns[-1].output_size]
         self.norms = nn.ModuleList(FrameNorm(kind, size) for kind, size in zip(kinds, sizes))
-        self.dropout = nn.Dropout(ours.dropout.p)
+        self.dropout, self.residual = nn.Dropout(ours.dropout.p), ours.residual
         self._layer_lengths = [layer.out_length for layer in ours.convs]
         self.load_state_dict(packed_state_dict(ours, ours.state_dict()), strict=False)  # no count of batches in ours
 
@@ -71,10 +71,11 @@ class PackedDeepSpeech2(nn.Module):
         T = x_BCFT.shape[3]
         x_TBD = x_BCFT.flatten(1, 2).permute(2, 0, 1).contiguous()
         lengths = length_B.cpu()
-        for norm, rnn in zip(self.norms, self.rnns):
+        for layer, (norm, rnn) in enumerate(zip(self.norms, self.rnns)):
             packed = pack_padded_sequence(self.dropout(norm(x_TBD)), lengths, enforce_sorted=False)
             y_TBD, _ = pad_packed_sequence(rnn(packed)[0], total_length=T)
-            x_TBD = y_TBD.unflatten(2, (2, -1)).sum(2)
+            y_TBD = y_TBD.unflatten(2, (2, -1)).sum(2)
+            x_TBD = x_TBD + y_TBD if self.residual and layer else y_TBD
         x_TBD = self.dropout(self.norms[-1](x_TBD))
         return x_TBD.permute(1, 2, 0), length_B
 
