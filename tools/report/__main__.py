@@ -116,6 +116,22 @@ def _there(folder: Path, name: str, what: str, remedy: str) -> None:
         raise ValueError(f"{folder}: {missing} ({remedy})")
 
 
+def evaluated(folder: Path) -> tuple[dict, dict]:
+    """Configuration and metrics of a run. Raises ValueError, with the remedy, where it has not been evaluated."""
+    import yaml
+
+    _there(folder, "evaluation/metrics.json", "has not been evaluated", "./run.sh --stage 6")
+    _there(folder, "config.yaml", "has no configuration", "train it with recipes/train.py")
+    config = yaml.safe_load((folder / "config.yaml").read_text())
+    return config, json.loads((folder / "evaluation" / "metrics.json").read_text())
+
+
+def result_name(config: dict, results: Path) -> str:
+    """The corpus, with the recipe before it where `results` lies in another recipe's folder (conformer_bpe)."""
+    recipe, corpus = config["name"], config["corpus"]["name"]
+    return corpus if recipe == results.resolve().parent.name else f"{recipe}_{corpus}"
+
+
 def publish(folder: Path, results: Path, command: str) -> Path:
     """Copies the curve and the error counts of a reported run to `results/<corpus>.*`; returns the JSON's path.
 
@@ -123,15 +139,9 @@ def publish(folder: Path, results: Path, command: str) -> Path:
     in conformer/), the name is `<recipe>_<corpus>`. Raises OSError, KeyError or ValueError where the run has not been
     evaluated and reported.
     """
-    import yaml
-
-    _there(folder, "evaluation/metrics.json", "has not been evaluated", "./run.sh --stage 6")
-    _there(folder, "config.yaml", "has no configuration", "train it with recipes/train.py")
-    config = yaml.safe_load((folder / "config.yaml").read_text())
-    recipe, corpus = config["name"], config["corpus"]["name"]
-    name = corpus if recipe == results.resolve().parent.name else f"{recipe}_{corpus}"
-    metrics = json.loads((folder / "evaluation" / "metrics.json").read_text())
-    kept = {"recipe": recipe, "corpus": corpus, "command": command}
+    config, metrics = evaluated(folder)
+    name = result_name(config, results)
+    kept = {"recipe": config["name"], "corpus": config["corpus"]["name"], "command": command}
     kept |= {"commit": commit(folder), "hardware": hardware(folder)}
     kept |= {key: metrics[key] for key in ("parameters", "decoding", "normalisation", "interval", "overall")}
     kept["manifests"] = [

@@ -12,6 +12,7 @@ from pathlib import Path
 
 from manifests.schema import write_atomic
 from tools.report.curve import read_curve
+from tools.report.seeds import spread_table
 
 ROOT = Path(__file__).resolve().parents[2]
 HEAD = """# Results
@@ -65,13 +66,27 @@ def section(corpus: str, of_corpus: list[tuple[str, str, Path, dict]], root: Pat
     return [f"## {corpus}", "", *reached, "", *took, ""]
 
 
+def seeds(root: Path) -> list[str]:
+    """A heading and a table of every recipe that was trained with several seeds (`python -m tools.report.seeds`)."""
+    lines = []
+    for path in sorted(root.glob("recipes/*/results/seeds/*.json")):
+        held = json.loads(path.read_text())
+        commits = ", ".join(sorted({run["commit"] for run in held["runs"]}))
+        curves = path.with_suffix(".png").relative_to(root).as_posix()
+        lines += [
+            f"[{held['recipe']}]({curves}) on {held['corpus']}, `{held['command']}`, {held['hardware']}, commit {commits}:",
+            "", *spread_table(held), "",
+        ]
+    return ["## From seed to seed", "", *lines] if lines else []
+
+
 def page(root: Path = ROOT) -> str:
     """The text of RESULTS.md. Raises OSError, ValueError or KeyError where a published run is not whole."""
     found = runs(root)
     lines = [HEAD]
     for corpus in sorted({run[0] for run in found}):
         lines += section(corpus, [run for run in found if run[0] == corpus], root)
-    return "\n".join([*lines, SPEED])
+    return "\n".join([*lines, *seeds(root), SPEED])
 
 
 def main() -> int:
