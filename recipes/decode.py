@@ -24,6 +24,7 @@ import torch
 from torch import Tensor
 
 from recipes.data import ManifestBatches, read_audio
+from recipes.options import PRECISIONS, known
 # Seconds of padded audio in a batch. On a CPU there is a batch for each core; larger ones only leave its cache.
 BATCH_SECONDS = {"cpu": 120.0, "cuda": 960.0}
 MIN_BATCH_SAMPLES = 4000  # encoders stumble over batches of a few frames: these are padded, lengths stay
@@ -150,12 +151,16 @@ class Decoder:
         on_audio: told the seconds of audio done, after each batch, in this thread.
         on_error: told (row index, error) of audio that cannot be read; without it the first one is raised.
 
+    Raises UsageError, a ValueError, where `precision` is none of these.
+
     After `run`: `texts` (None where not read), `seconds` (wall), `short` (indices of rows too short to decode),
     `audio_seconds` (of each row, by the samples read: a manifest's durations may be wrong).
     """
 
     def __init__(self, model, rows: list[dict], *, read: Callable = read_audio, batch_seconds: float | None = None,
-                 precision: str = "32", num_workers: int | None = None, on_audio: Callable | None = None, on_error: Callable | None = None):
+                 precision: str = "32", num_workers: int | None = None, on_audio: Callable | None = None,
+                 on_error: Callable | None = None):
+        known("precision", precision, PRECISIONS)
         self.model, self.rows, self.read, self.precision = model, rows, read, precision
         self.device = next(model.parameters()).device
         self.sample_rate = sample_rate_of(model)
@@ -163,8 +168,8 @@ class Decoder:
         self.workers = num_workers or (torch.get_num_threads() if self.on_cpu else 4)
         if not batch_seconds:
             batch_seconds = BATCH_SECONDS.get(self.device.type, 120.0)
-            if self.on_cpu:  # at least four batches for each core, so that all end at about the same time
-                share = sum(row["duration"] for row in rows) / (4 * self.workers)
+            if self.on_cpu:  # at least eight batches for each core, so that all end at about the same time
+                share = sum(row["duration"] for row in rows) / (8 * self.workers)
                 batch_seconds = min(batch_seconds, max(share, 20.0))
         self.groups = ManifestBatches(rows, self.sample_rate, batch_seconds=batch_seconds).groups
         self.on_audio = on_audio or (lambda seconds: None)

@@ -77,6 +77,8 @@ def test_bf16_gives_almost_the_same_log_probs_and_says_so(model, rows, tmp_path)
     path = write_rows(tmp_path / "m.json", rows)
     for precision in PRECISIONS:
         assert evaluate_model(model, path, progress=False, precision=precision)["precision"] == precision
+    with pytest.raises(ValueError, match="precision=fp16: use one of 32, bf16-mixed"):
+        decode(model, rows, precision="fp16")
 
 
 def test_durations_that_lie_change_no_hypothesis(model, rows):
@@ -178,6 +180,8 @@ def test_bf16_gives_almost_the_same_log_probs_and_says_so(model, rows, tmp_path)
     path = write_rows(tmp_path / "m.json", rows)
     for precision in PRECISIONS:
         assert evaluate_model(model, path, progress=False, precision=precision)["precision"] == precision
+    with pytest.raises(ValueError, match="precision=fp16: use one of 32, bf16-mixed"):
+        decode(model, rows, precision="fp16")
 
 
 def test_durations_that_lie_change_neither_hours_nor_speed_and_are_told_once(model, rows, tmp_path):

@@ -430,7 +430,7 @@ def test_outside_the_band_is_a_warning_and_no_more(tmp_path):
 def test_no_band_for_other_data_and_where_there_is_none(tmp_path):
     rows = curve(400, loss=lambda s: 2.0, blank=lambda s: 0.3)
     said = {}
-    for corpus, train in (("mini", "data/mini/train.json"), ("mini", "mine/train.json"), ("librispeech_8h", None)):
+    for corpus, train in (("mini", "data/mini/train.json"), ("mini", "mine/train.json"), ("librispeech_100h", None)):
         whole = config(2000, 100, train_ds={"manifest_filepath": train}) | {
             "name": "deepspeech2", "corpus": {"name": corpus}, "training": {}}
         report = explain(write_curve(tmp_path / f"{corpus}{train}".replace("/", "_"), rows, whole))
@@ -438,7 +438,7 @@ def test_no_band_for_other_data_and_where_there_is_none(tmp_path):
             line.split(": ", 2)[2] for line in report.not_examined if "healthy runs" in line]
     assert list(said.values()) == [
         ["warning"], ["the run is not of a recipe and corpus of ours"],
-        ["there is no band of healthy runs of deepspeech2 on librispeech_8h"]]
+        ["there is no band of healthy runs of deepspeech2 on librispeech_100h"]]
 
 
 def test_reading_needs_no_configuration(tmp_path):

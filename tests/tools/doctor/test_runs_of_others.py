@@ -17,7 +17,7 @@ from tests.conftest import ROOT
 from tests.tools.doctor.runs import FEATURES, Plain, loader, speech
 from tools.doctor import callback, saved, speaking, utterances
 from tools.doctor.autopsy import Watch, loss_scale
-from tools.doctor.bands import outside
+from tools.doctor.bands import at, load, outside, read_curve
 from tools.doctor.callback import Doctor
 from tools.doctor.devices import FROM_ANOTHER
 from tools.doctor.engine import examine
@@ -315,6 +315,19 @@ def test_of_several_devices_the_first_speaks_for_all(monkeypatch):
         assert not speaking.announce(trainer, report, told)
         assert sorted(line.split(": ")[3] for line in said) == sorted(spoken)
         assert all(line.startswith(f"doctor: device {rank}: step 7: ") for line in said)
+
+
+@pytest.mark.parametrize("path", sorted(ROOT.glob("recipes/*/results/*.json")), ids=lambda path: path.stem)
+def test_published_runs_lie_in_the_band_of_their_recipe(path):
+    """Each has one, and at no step is a run of it told that it is outside."""
+    held = json.loads(path.read_text())
+    curve = read_curve(path.with_suffix(".csv"))
+    band = load(held["recipe"], held["corpus"])
+    assert band is not None and path.with_suffix(".csv").stat().st_size > 1000
+    for column, points in curve.items():
+        for step, value in points:
+            low, high = at(band, column, step)
+            assert low <= value <= high, f"{column} at step {step}"
 
 
 def test_a_run_beside_its_band_is_not_probed_for_that():

@@ -21,6 +21,7 @@ COLUMNS = ("loss_per_char", "blank_rate", "grad_norm", "val_wer", "val_cer")
 SERIES = {"loss_per_char": "loss", "blank_rate": "blank_rate", "grad_norm": "grad_norm", "val_wer": "val_wer",
     "val_cer": "val_cer"}
 REACH = 1.4  # a healthy run may be so much sooner or later
+APART = 1.02  # steps of a band lie so far apart at least: its window is far wider, and a long run has thousands
 MARGIN = {1: 0.5, 2: 0.35, 3: 0.25}  # widening, as a share of the value, by the number of runs; more runs: 0.15
 
 
@@ -34,7 +35,7 @@ def learn(curves: list[Path], recipe: str, corpus: str) -> dict:
     margin = MARGIN.get(len(runs), 0.15)
     columns: dict[str, dict[str, list[float]]] = {}
     for column in COLUMNS:
-        steps = sorted({step for run in runs for step, _ in run.get(column, [])})
+        steps = _apart(sorted({step for run in runs for step, _ in run.get(column, [])}))
         band: dict[str, list[float]] = {"step": [], "low": [], "high": []}
         for step in steps:
             near = [v for run in runs for s, v in run.get(column, []) if step / REACH <= s <= step * REACH]
@@ -47,6 +48,15 @@ def learn(curves: list[Path], recipe: str, corpus: str) -> dict:
     steps = [max(step for points in run.values() for step, _ in points) for run in runs]
     return {"recipe": recipe, "corpus": corpus, "runs": len(runs), "steps": max(steps), "margin": margin,
         "columns": columns}
+
+
+def _apart(steps: list[int]) -> list[int]:
+    """The first and the last of the steps, and between them those that are at least APART times the one before."""
+    kept = steps[:1]
+    for step in steps[1:-1]:
+        if step >= APART * kept[-1]:
+            kept.append(step)
+    return kept + steps[1:][-1:]
 
 
 def read_curve(path: Path) -> dict[str, list[tuple[int, float]]]:
