@@ -172,18 +172,6 @@ def test_overall_sums_the_manifests_and_cost_is_measured(model, rows, tmp_path):
     assert "lower case" in metrics["normalisation"] and metrics["decoding"] == "greedy CTC"
 
 
-def test_bf16_gives_almost_the_same_log_probs_and_says_so(model, rows, tmp_path):
-    audio = torch.randn(2, RATE)
-    lengths = torch.tensor([RATE, RATE // 2])
-    exact, low = (log_probs(model, audio, lengths, precision)[0] for precision in PRECISIONS)
-    assert 0 < (exact - low.float()).abs().max() < 0.1
-    path = write_rows(tmp_path / "m.json", rows)
-    for precision in PRECISIONS:
-        assert evaluate_model(model, path, progress=False, precision=precision)["precision"] == precision
-    with pytest.raises(ValueError, match="precision=fp16: use one of 32, bf16-mixed"):
-        decode(model, rows, precision="fp16")
-
-
 def test_durations_that_lie_change_neither_hours_nor_speed_and_are_told_once(model, rows, tmp_path):
     honest = evaluate_model(model, write_rows(tmp_path / "m.json", rows), progress=False)
     assert honest["manifests"][0]["durations_off"] == 0 and " off " not in report(honest)
