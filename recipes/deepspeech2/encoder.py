@@ -101,8 +101,8 @@ class DeepSpeech2Encoder(CTCEncoder):
         bidirectional: False with ``look_ahead`` > 0 is the paper's streaming model.
         merge: directions ``sum`` (paper) or ``concat``.
         rnn_norm: normalisation of what enters each recurrent layer and leaves the last.
-        residual: what enters a recurrent layer, before its normalisation, is added to what leaves it (all layers but the
-            first, whose input is of another size). With it a deeper and narrower stack learns (AlgoPerf's DeepSpeech).
+        residual: what enters a recurrent layer, before its normalisation, is added to what leaves it, as in AlgoPerf's
+            DeepSpeech (all layers but the first, whose input is of another size).
         dropout: between layers, in training.
         look_ahead: future frames of the row convolution, only where ``bidirectional`` is False.
         feat_out: size of a last clipped-ReLU projection, 0 for none.

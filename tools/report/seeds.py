@@ -21,8 +21,7 @@ from manifests.schema import write_atomic
 from tools.report.__main__ import commit, evaluated, hardware, result_name, unit
 from tools.report.curve import draw, read_curve
 
-# What follows from the seed, or from the folder that a run has for itself
-OWN = ("seed", "model.train_ds.seed", "model.train_ds.shard_seed", "model.tokenizer.dir", "resume_with_changes")
+OWN = ("seed", "model.train_ds.seed", "model.train_ds.shard_seed")  # the seed, and what follows from it
 
 
 def read_run(folder: Path) -> dict:
@@ -40,7 +39,10 @@ def read_run(folder: Path) -> dict:
 
 
 def check_alike(folders: list[Path]) -> None:
-    """Raises ValueError where the configuration of a run differs from the first one's in more than the seed."""
+    """Raises ValueError where the configuration of a run differs from the first one's in more than the seed.
+
+    What may change between two sittings of one run (recipes.resume.FREE) is not compared.
+    """
     from omegaconf import OmegaConf
 
     from recipes.resume import changes
