@@ -22,11 +22,11 @@ exp_manager: {{explicit_log_dir: exp/{seed}}}
 
 @pytest.fixture
 def make(tmp_path):
-    def make(seed: int, wer: float, lr: float = 0.002, recipe: str = "deepspeech2") -> Path:
+    def make(seed: int, wer: float, lr: float = 0.002, recipe: str = "deepspeech2", more: str = "") -> Path:
         folder = tmp_path / f"run{seed}_{wer}"
         (folder / "evaluation").mkdir(parents=True)
         (folder / "curve.csv").write_text(CURVE)
-        (folder / "config.yaml").write_text(CONFIG.format(recipe=recipe, seed=seed, lr=lr))
+        (folder / "config.yaml").write_text(CONFIG.format(recipe=recipe, seed=seed, lr=lr) + more)
         (folder / "git-info.log").write_text("commit hash: 0123456789abcdef\n")
         part = {"utterances": 9, "wer": wer, "cer": wer / 4}
         metrics = {"manifests": [{"name": "test", **part}], "overall": part, **HOW}
@@ -72,6 +72,7 @@ def test_what_is_no_set_of_seeds_is_refused_in_one_line_and_leaves_nothing(make,
     for other, why in [
         (make(1, 0.2), "the runs have the seeds [1, 1]: give each another one"),
         (make(2, 0.1, lr=0.004), "differs from"),
+        (make(2, 0.4, more="init_from: conformer\n"), "init_from was None, now conformer"),
         (make(3, 0.1, recipe="conformer"), "name was deepspeech2, now conformer"),
         (tmp_path / "nothing", "there is no such folder"),
     ]:

@@ -22,6 +22,8 @@ from tools.report.__main__ import commit, evaluated, hardware, result_name, unit
 from tools.report.curve import draw, read_curve
 
 OWN = ("seed", "model.train_ds.seed", "model.train_ds.shard_seed")  # the seed, and what follows from it
+# What one run may change from sitting to sitting and two runs that are compared may not.
+FIXED = ("init_from", "trainer.precision", "trainer.devices", "trainer.num_nodes")
 
 
 def read_run(folder: Path) -> dict:
@@ -41,7 +43,7 @@ def read_run(folder: Path) -> dict:
 def check_alike(folders: list[Path]) -> None:
     """Raises ValueError where the configuration of a run differs from the first one's in more than the seed.
 
-    What may change between two sittings of one run (recipes.resume.FREE) is not compared.
+    Of what may change between two sittings of one run (recipes.resume.FREE), FIXED alone is compared.
     """
     from omegaconf import OmegaConf
 
@@ -49,7 +51,12 @@ def check_alike(folders: list[Path]) -> None:
 
     first = OmegaConf.load(folders[0] / "config.yaml")
     for folder in folders[1:]:
-        found = [line for line in changes(first, OmegaConf.load(folder / "config.yaml")) if line.split()[0] not in OWN]
+        other = OmegaConf.load(folder / "config.yaml")
+        found = [line for line in changes(first, other) if line.split()[0] not in OWN]
+        for key in FIXED:
+            was, now = OmegaConf.select(first, key), OmegaConf.select(other, key)
+            if was != now:
+                found.append(f"{key} was {was}, now {now}")
         if found:
             more = f" ({len(found) - 1} more)" if len(found) > 1 else ""
             raise ValueError(f"{folder} differs from {folders[0]} in more than its seed: {found[0]}{more}")
