@@ -204,16 +204,20 @@ def scan_manifest(
 
 
 def iter_manifest(
-    path: str | os.PathLike, required: Iterable[str] | None = None
+    path: str | os.PathLike, required: Iterable[str] | None = None, blank: bool = True
 ) -> Iterator[tuple[int, dict[str, Any]]]:
-    """Yield (line number from 1, row) of each utterance. Blank lines are skipped.
+    """Yield (line number from 1, row) of each utterance. Blank lines are skipped, or an error where not `blank`.
 
     Raises:
         ManifestError: at the first line that is not good, at a file that cannot be read, or that holds no utterance.
     """
     path = os.fspath(path)
     empty = True
-    for line in scan_manifest(path, required):
+
+    def refuse(number: int) -> None:
+        raise ManifestError(f"{path}:{number}: is blank, which lhotse cannot read: take the line out")
+
+    for line in scan_manifest(path, required, on_blank=None if blank else refuse):
         if line.problems:
             raise ManifestError(f"{path}:{line.number}: {line.problems[0].message}")
         empty = False

@@ -17,6 +17,7 @@ from typing import Any, BinaryIO
 
 COMBINED = "tarred_audio_manifest.json"
 RECORD = "shards.json"
+IN_SHARDS = ("shard_id", "tar_offset", "tar_bytes")  # fields that hold beside the row's own tars only
 BLOCK = 512  # of a tar: a header, and what sizes are rounded up to
 
 

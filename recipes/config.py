@@ -13,9 +13,10 @@ import os
 import sys
 from pathlib import Path
 
-from omegaconf import DictConfig, OmegaConf
+from omegaconf import DictConfig, ListConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
+from manifests.shards_format import COMBINED
 from recipes.threads import usable_cores
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -49,9 +50,14 @@ def loader_workers(accelerator: str, devices) -> int:
     """Processes that read audio: 2 beside a CPU, which has the model to compute; the cores of a GPU's process but one."""
     if accelerator == "cpu":
         return 2
-    # SLURM's tasks have cores of their own; processes that Lightning starts share the machine's.
-    sharing = 1 if "SLURM_PROCID" in os.environ or not isinstance(devices, int) else max(devices, 1)
-    return max(2, min(MOST_WORKERS, usable_cores() // sharing - 1))
+    # SLURM's tasks have cores of their own; processes that torchrun or Lightning starts share the machine's, or the task's.
+    if "LOCAL_WORLD_SIZE" in os.environ:
+        sharing = int(os.environ["LOCAL_WORLD_SIZE"])
+    elif "SLURM_PROCID" in os.environ:
+        sharing = 1
+    else:
+        sharing = devices if isinstance(devices, int) else len(devices) if isinstance(devices, ListConfig) else 1
+    return max(2, min(MOST_WORKERS, usable_cores() // max(sharing, 1) - 1))
 
 
 OmegaConf.register_new_resolver("cpu_precision", cpu_precision, replace=True)
@@ -65,7 +71,8 @@ OmegaConf.register_new_resolver("middle_block", lambda blocks: max((blocks - 1) 
 
 
 WAVEFORM = ("room_probability", "noise_probability")  # of model.noise_and_rooms
-
+DRAWN_ANEW = ("noise_path", "rir_enabled", "lowpass_enabled", "clipping_enabled", "compression_enabled",
+              "truncate_duration", "cut_into_windows_duration", "concatenate_samples")  # of model.train_ds, lhotse's
 
 WHOLE, ANY = (int,), (int, float)
 NUMBERS = {  # what must be a number, of which kind, and its least value; the rules of `check` say more of some
@@ -202,6 +209,9 @@ def check(cfg: DictConfig, manifests: bool = True) -> None:
     cpu = trainer.accelerator == "cpu"
     lhotse = bool(train.get("use_lhotse"))
     shards = bool(train.get("tarred_audio_filepaths") or train.get("shar_path"))
+    manifests = [] if isinstance(train.manifest_filepath, str) else list(train.manifest_filepath or [])
+    # lhotse's own augmentations of waveforms: cuts with ids that no later epoch has, or ids that all epochs share.
+    chosen_anew = next((f"model.train_ds.{key}" for key in DRAWN_ANEW if train.get(key)), "")
     many = trainer.num_nodes > 1 or (isinstance(trainer.devices, int) and trainer.devices > 1)
     rules = [
         (not cfg.model.get("tokenizer") and not cfg.model.get("labels"), "model.labels is empty: no text could be spelled"),
@@ -229,6 +239,12 @@ def check(cfg: DictConfig, manifests: bool = True) -> None:
          "model.train_ds.cache_features=true keeps a whole corpus in memory; set it to false with shards"),
         (train.get("cache_features") and any((cfg.model.get("noise_and_rooms") or {}).get(key, 0) for key in WAVEFORM),
          "model.noise_and_rooms works on waveforms; set model.train_ds.cache_features=false"),
+        (train.get("cache_features") and chosen_anew,
+         f"model.train_ds.cache_features=true keeps each utterance as it was first drawn, and {chosen_anew} changes it "
+         "each time; set cache_features=false"),
+        (len(manifests) > 1 and any(Path(str(path)).name == COMBINED for path in manifests),
+         f"model.train_ds.manifest_filepath: {COMBINED} is one of several; shards are read alone: shard all the "
+         "utterances together (python -m manifests.shards)"),
         (shards and isinstance(train.get("shard_seed"), int) and (many or train.num_workers > 1),
          f"model.train_ds.shard_seed={train.get('shard_seed')} makes every device and worker read the same stream of "
          "shards; set model.train_ds.shard_seed=randomized"),

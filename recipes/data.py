@@ -192,11 +192,13 @@ class ResumableLoader:
     Lightning stores `state_dict()` in each checkpoint and gives it back on resume. Only batches that were
     trained on count (`mark_trained`): workers and Lightning's fetcher run ahead of training. On resume the
     sampler, which is deterministic for a seed and an epoch, is asked again and the trained part is skipped
-    without touching audio.
+    without touching audio. `seconds` are those of a batch over all devices: with another one (gradients accumulated
+    over more batches since) as much audio is skipped as was trained on, to within a batch.
     """
 
-    def __init__(self, loader: DataLoader):
+    def __init__(self, loader: DataLoader, seconds: float = 0.0):
         self.loader = loader
+        self.seconds = seconds
         self.sampler = loader.sampler  # Lightning calls its set_epoch
         self.dataset = loader.dataset
         self.batch_size = None
@@ -235,11 +237,13 @@ class ResumableLoader:
         )
 
     def state_dict(self) -> dict:
-        return {"epoch": self.sampler.epoch, "batches": self._trained}
+        return {"epoch": self.sampler.epoch, "batches": self._trained, "seconds": self.seconds}
 
     def load_state_dict(self, state: dict) -> None:
         self.sampler.set_epoch(state["epoch"])
-        self._skip = self._trained = state["batches"]
+        then = state.get("seconds")  # checkpoints of before this was kept have none
+        scale = then / self.seconds if then and self.seconds else 1.0
+        self._skip = self._trained = round(state["batches"] * scale)
 
 
 def _outlive_sigterm(worker: int) -> None:
@@ -269,15 +273,25 @@ def lhotse_loader(config, encode, rank: int, world_size: int, preprocessor=None)
     """
     from nemo.collections.common.data.lhotse import get_lhotse_dataloader_from_config
 
+    from recipes.cuts import read_manifests_with_ours
+
+    read_manifests_with_ours()
     config = OmegaConf.create(config)
     cache = FeatureCache(preprocessor) if config.pop("cache_features", False) else None
     if cache is not None:  # features lie in this process, and on the model's device
         config.num_workers, config.pin_memory = 0, False
     manifest, stream = config.get("manifest_filepath"), config.get("tarred_audio_filepaths") or config.get("shar_path")
+    if not isinstance(manifest, str) and manifest and not stream:
+        if len(manifest) == 1:
+            config.manifest_filepath = manifest = manifest[0]
+        else:
+            config.force_finite = True  # else NeMo repeats each of them without end, and no epoch does
     at_random = isinstance(manifest, str) and Path(manifest).name == COMBINED and not stream
     dataset = CutsDataset(encode, cache, manifest if at_random else None)
     loader = get_lhotse_dataloader_from_config(config, global_rank=rank, world_size=world_size, dataset=dataset)
-    return loader if isinstance(loader.dataset, torch.utils.data.IterableDataset) else ResumableLoader(loader)
+    if isinstance(loader.dataset, torch.utils.data.IterableDataset):
+        return loader
+    return ResumableLoader(loader, float(config.batch_duration or 0) * world_size)
 
 
 class ManifestBatches(Dataset):
@@ -319,8 +333,9 @@ class ManifestBatches(Dataset):
         return collate(audio, targets, ids), self.groups[index]
 
     def load(self, row: dict) -> np.ndarray:
-        """Samples of a row."""
-        return read_audio(row, self.sample_rate)
+        """Samples of a row, silence behind them up to two frames of 10 ms: NeMo refuses to normalise one on a GPU."""
+        samples = read_audio(row, self.sample_rate)
+        return np.pad(samples, (0, max(self.sample_rate // 50 - len(samples), 0)))
 
 
 def read_audio(row: dict, sample_rate: int) -> np.ndarray:

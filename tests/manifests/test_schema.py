@@ -161,6 +161,8 @@ def test_crlf_blank_lines_and_a_missing_last_newline_are_fine(tmp_path):
     blanks = []
     assert [found.number for found in scan_manifest(path, on_blank=blanks.append)] == [1, 4]
     assert blanks == [2, 3]
+    with pytest.raises(ManifestError, match=r"m.json:2: is blank, which lhotse cannot read"):
+        list(iter_manifest(path, blank=False))
 
 
 def test_required_fields_can_be_fewer(tmp_path):

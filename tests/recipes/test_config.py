@@ -101,6 +101,7 @@ INNER = "+model.interctc.loss_weights=[0.3]"
         ("deepspeech2", ["model.optim.lr=0"], ["model.optim.lr=0"]),
         ("deepspeech2", ["model.optim.lr=???"], ["missing mandatory value: model.optim.lr"]),
         ("deepspeech2", ["model.noise_and_rooms.noise_probability=0.5"], ["model.train_ds.cache_features=false"]),
+        ("deepspeech2", ["+model.train_ds.rir_enabled=true"], ["model.train_ds.rir_enabled", "cache_features=false"]),
         ("conformer", ["model.interctc.apply_at_layers=[4]"], ["apply_at_layers=[4]", "0 to 3", "model.interctc=null"]),
         ("deepspeech2", ["model.interctc.apply_at_layers=[3]"], ["apply_at_layers=[3]", "0 to 2"]),
         ("deepspeech", [INNER, "+model.interctc.apply_at_layers=[0]"], ["leaves no layers"]),

@@ -135,16 +135,22 @@ def test_real_speech_is_read_as_soundfile_reads_it(librispeech_sample):
     assert rate == RATE and np.array_equal(read_audio(row, RATE), samples)
 
 
-@pytest.fixture(scope="module")
-def lhotse_config(tmp_path_factory):
+def tiny_lhotse(manifest, batch_duration: float = 8.0):
+    """NeMo's lhotse configuration of a manifest, or of several."""
     from omegaconf import OmegaConf
 
+    return OmegaConf.create(
+        {"use_lhotse": True, "manifest_filepath": manifest if isinstance(manifest, list) else str(manifest),
+         "sample_rate": RATE, "batch_duration": batch_duration, "use_bucketing": False, "shuffle": True, "seed": 3,
+         "shard_seed": 3, "num_workers": 0}
+    )
+
+
+@pytest.fixture(scope="module")
+def lhotse_config(tmp_path_factory):
     folder = tmp_path_factory.mktemp("lhotse")
     rows = corpus(folder, seconds=[0.3 + 0.05 * (i % 9) for i in range(12)], sampling_rate=RATE)
-    return OmegaConf.create(
-        {"use_lhotse": True, "manifest_filepath": str(write_rows(folder / "train.json", rows)), "sample_rate": RATE,
-         "batch_duration": 1.2, "use_bucketing": False, "shuffle": True, "seed": 3, "shard_seed": 3, "num_workers": 0}
-    )
+    return tiny_lhotse(write_rows(folder / "train.json", rows), batch_duration=1.2)
 
 
 def epoch(loader, number: int) -> list[list[str]]:
@@ -246,6 +252,79 @@ def test_validation_may_keep_its_features(tmp_path):
     for row in rows:
         Path(row["audio_filepath"]).unlink()
     assert len(list(loader)) == len(plain) > 1  # the audio is not read again
+
+
+def test_training_goes_on_at_the_same_audio_where_a_step_is_of_more_batches_since(lhotse_config):
+    loaders = []
+    for seconds, trained in [(1.2, 4), (0.6, 0)]:
+        cfg = lhotse_config.copy()
+        cfg.batch_duration = seconds
+        loaders.append(lhotse_loader(cfg, CharEncoder(LABELS), 0, 1))
+        for _ in range(trained):
+            loaders[-1].mark_trained()
+    before, now = loaders
+    now.load_state_dict(before.state_dict())
+    assert now.state_dict()["batches"] == 8
+    now.load_state_dict({"epoch": 0, "batches": 3})  # a checkpoint of before seconds were kept
+    assert now.state_dict()["batches"] == 3
+
+
+@pytest.mark.parametrize("fields", [{"sampling_rate": RATE}, {}])
+def test_segments_of_a_file_are_trained_on_as_they_are_evaluated(tmp_path, fields, rng=np.random.default_rng(5)):
+    """With `sampling_rate` NeMo 3.0.0 takes the segment's duration for the file's, and loses its beginning or all."""
+    soundfile.write(tmp_path / "long.wav", rng.normal(0, 0.1, 4 * RATE), RATE, subtype="FLOAT")
+    rows = [
+        {"audio_filepath": "long.wav", "offset": offset, "duration": 0.75, "text": "a", "utterance": f"at{offset}", **fields}
+        for offset in (0.0, 0.5, 0.505, 3.25)
+    ]
+    path = write_rows(tmp_path / "train.json", rows)
+    expected = {row["utterance"]: read_audio(row, RATE) for row in read_rows(path)}
+    batches = list(lhotse_loader(tiny_lhotse(path), CharEncoder(LABELS), 0, 1))
+    found = {i: audio[:n].numpy() for batch in batches for audio, n, i in zip(batch[0], batch[1], batch[4])}
+    assert found.keys() == expected.keys()
+    for utterance, samples in expected.items():
+        np.testing.assert_allclose(found[utterance], samples, atol=1e-6)
+
+
+@pytest.mark.parametrize("fields", [{"sampling_rate": RATE}, {}])
+def test_files_of_one_name_in_two_folders_keep_their_own_features(tmp_path, fields):
+    from nemo.collections.asr.modules import AudioToMelSpectrogramPreprocessor
+
+    rows = []
+    for number, folder in enumerate(("one", "two")):
+        (tmp_path / folder).mkdir()
+        t = np.arange(RATE) / RATE
+        soundfile.write(tmp_path / folder / "001.wav", 0.3 * np.sin(2 * np.pi * 400 * (1 + 3 * number) * t), RATE)
+        rows.append({"audio_filepath": f"{folder}/001.wav", "duration": 1.0, "text": "a", "utterance": folder, **fields})
+    config = tiny_lhotse(write_rows(tmp_path / "train.json", rows))
+    config.cache_features = True
+    preprocessor = AudioToMelSpectrogramPreprocessor(features=16, normalize=None, dither=0.0, pad_to=0)
+    (features, *_, ids), *more = lhotse_loader(config, CharEncoder(LABELS), 0, 1, preprocessor=preprocessor)
+    assert sorted(ids) == ["one", "two"] and not more
+    assert (features[0].mean(dim=1).argmax() - features[1].mean(dim=1).argmax()).abs() > 2
+
+
+@pytest.mark.parametrize("count", [1, 2, 3])
+def test_several_manifests_are_one_corpus_with_an_end(tmp_path, count):
+    """NeMo repeats each manifest of a list for ever."""
+    paths = []
+    for number in range(count):
+        (tmp_path / str(number)).mkdir()
+        rows = corpus(tmp_path / str(number), seconds=[0.4, 0.5, 0.6], sampling_rate=RATE)
+        for row in rows:
+            row["utterance"] = f"{number}{row['utterance']}"
+        paths.append(str(write_rows(tmp_path / str(number) / "train.json", rows)))
+    loader = lhotse_loader(tiny_lhotse(paths), CharEncoder(LABELS), 0, 1)
+    expected = sorted(f"{number}u{i}" for number in range(count) for i in range(3))
+    for number in range(2):
+        assert sorted(i for batch in epoch(loader, number) for i in batch) == expected
+
+
+def test_a_validation_utterance_of_one_frame_gets_a_second(tmp_path):
+    write_audio(tmp_path / "a.wav", 0.012)
+    path = write_rows(tmp_path / "dev.json", [{"audio_filepath": "a.wav", "duration": 0.012, "text": "a"}])
+    ((batch, _),) = manifest_loader(read_rows(path), RATE, CharEncoder(LABELS))
+    assert batch[1].tolist() == [320]
 
 
 def test_training_stops_at_text_that_cannot_be_spelled_with_the_utterance_named(lhotse_config, tmp_path):

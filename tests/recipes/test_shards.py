@@ -13,14 +13,16 @@ import numpy as np
 import pytest
 import torch
 
-from manifests.schema import read_manifest
+from manifests.schema import ManifestError, read_manifest
 from manifests.shards import write_shards
 from manifests.shards_format import COMBINED, ShardError
 from recipes.config import ConfigError, compose
 from recipes.data import CharEncoder, ResumableLoader, lhotse_loader, read_audio, read_rows
+from recipes.evaluate import evaluate_model
 from tests.conftest import ROOT
 from tests.recipes.test_train import TINY, losses
 from tests.recipes.tiny import LABELS, RATE, corpus, write_rows
+from tests.recipes.tiny import model as tiny_model
 
 TRAIN = "corpus.train="
 
@@ -109,6 +111,27 @@ def test_speed_perturbation_and_other_readers_find_the_audio_in_shards(data):
         assert left[4] == right[4] and torch.equal(left[0], right[0])
     for left, right in zip(read_rows(data["files"]), read_rows(str(data["shards"])), strict=True):
         assert np.array_equal(read_audio(left, RATE), read_audio(right, RATE))
+
+
+def test_shards_are_evaluated_as_their_files_and_predictions_do_not_point_into_them(data, tmp_path):
+    found = {}
+    for kind in ("files", "shards"):
+        evaluate_model(tiny_model(), data[kind], output=tmp_path / kind, progress=False)
+        found[kind] = read_manifest(tmp_path / kind / f"predictions_{data[kind].stem}.json")
+    assert [row["pred_text"] for row in found["shards"]] == [row["pred_text"] for row in found["files"]]
+    assert not any("tar_offset" in row for row in found["shards"])
+    next(data["shards"].parent.glob("audio_0.tar")).rename(tmp_path / "away.tar")
+    try:
+        with pytest.raises(ManifestError, match=r"tarred_audio_manifest.json:1: no audio file .*audio_0.tar"):
+            evaluate_model(tiny_model(), data["shards"], progress=False)
+    finally:
+        (tmp_path / "away.tar").rename(data["shards"].parent / "audio_0.tar")
+
+
+def test_shards_are_no_part_of_a_list_of_manifests(data):
+    both = f"model.train_ds.manifest_filepath=[{data['files']},{data['shards']}]"
+    with pytest.raises(ConfigError, match="shard all the utterances together"):
+        compose("deepspeech2", [f"{TRAIN}{data['files']}", f"corpus.validation={data['dev']}", both])
 
 
 def test_a_broken_shard_stops_the_run_with_the_utterance_named(data, tmp_path):
