@@ -18,8 +18,9 @@ usage: ./run.sh [options] [-- HYDRA_OVERRIDES]     everything, from the corpus t
                    (default $corpus, made on the spot)
   --data DIR       folder that holds the corpus's subsets (.../LibriSpeech); an existing tree is used as it is
   --exp DIR        folder for what the run makes   (default exp/MODEL_CORPUS)
-  --gpus N         GPUs a node, 0 for the CPU      (default: one where there is an NVIDIA GPU); real speech is
-                   then trained with size=large, from 100 hours on with size=full
+  --gpus N         GPUs a node, 0 for the CPU      (default: one where there is an NVIDIA GPU that torch can
+                   use); real speech is then trained with size=large, from 100 hours on with size=full. On a
+                   machine without GPUs N brings the build of torch for them all the same (a login node)
   --nodes N        nodes of a cluster (default 1); with several, stages 0 to 3 run here, and the line is
                    printed that starts training there
   --stage N        first stage                     (default 0)
@@ -42,11 +43,11 @@ one_of() {  # VALUE OPTION VALID...
   fail "$option $value: valid are $*"
 }
 
-# The environment: .venv from requirements.lock, made once; nothing is installed outside it.
-ensure_environment() {
+# The environment: .venv from requirements.lock, made once; nothing is installed outside it. One for GPUs does for the CPU.
+ensure_environment() {  # [--cuda]
   local stamp=.venv/.installed want python candidate
   want=$(cat requirements.lock requirements-torch.txt | cksum)
-  [ -f $stamp ] && [ "$(cat $stamp)" = "$want" ] && return
+  case $(cat $stamp 2> /dev/null) in "$want --cuda" | "$want${1:+ $1}") return ;; esac
   for candidate in ${PYTHON:-} python3.11 python3.12 python3.10 python3; do
     if command -v "$candidate" > /dev/null &&
        "$candidate" -c 'import sys, venv, ensurepip; sys.exit(not (3, 10) <= sys.version_info < (3, 13))' 2> /dev/null; then
@@ -56,15 +57,29 @@ ensure_environment() {
   [ -n "${python:-}" ] || fail "no Python 3.10, 3.11 or 3.12 found: install one, or name it with PYTHON=/path/to/python3.11"
   echo "== environment: .venv with $("$python" --version), once, some minutes"
   .venv/bin/python -m pip --version > /dev/null 2>&1 || "$python" -m venv --clear .venv
-  .venv/bin/python tools/install.py
-  echo "$want" > $stamp
+  .venv/bin/python tools/install.py "$@"
+  echo "$want${1:+ $1}" > $stamp
+}
+
+# Runs COMMAND and waits for it, whatever signal comes; TERM and INT are passed on as TERM: a training saves before it ends.
+attended() {  # COMMAND...
+  local child status=0 sent=false
+  "$@" &
+  child=$!
+  trap 'sent=true; kill -TERM "$child" 2> /dev/null' TERM INT
+  wait "$child" || status=$?
+  while $sent; do sent=false status=0; wait "$child" || status=$?; done  # the signal has ended the wait, not the child
+  trap - TERM INT
+  return "$status"
 }
 
 # Stage 3. The doctor stops here what cannot learn; its report says why.
 check() {  # TRAINING ARGUMENTS...
-  $python -m tools.doctor check --json "$exp/check/doctor.json" --html "$exp/check/doctor.html" "$@" ||
-    { echo "run.sh: read $exp/check/doctor.html; --stage 4 trains all the same" >&2; return 1; }
-  $python -m tools.ladder --rungs batch --out "$exp/check/one_batch.json" "$@"
+  local status=0  # this is a process of its own, and passes on what it is sent
+  attended $python -m tools.doctor check --json "$exp/check/doctor.json" --html "$exp/check/doctor.html" "$@" || status=$?
+  if [ "$status" -gt 128 ]; then return "$status"; fi  # ended by a signal
+  [ "$status" = 0 ] || { echo "run.sh: read $exp/check/doctor.html; --stage 4 trains all the same" >&2; return 1; }
+  attended $python -m tools.ladder --rungs batch --out "$exp/check/one_batch.json" "$@"
 }
 
 lines() { printf '%s\n' "$@"; }  # a list of files, one a line: any of them may have spaces in its name
@@ -73,7 +88,7 @@ lines() { printf '%s\n' "$@"; }  # a list of files, one a line: any of them may 
 run_stage() {  # NUMBER TITLE "READS" "WRITES" COMMAND...
   local number=$1 title=$2 reads=$3 writes=$4 -; shift 4
   { [ "$number" -lt "$stage" ] || [ "$number" -gt "$stop_stage" ]; } && return
-  local stamp fresh=true path begin=$SECONDS status=0 child IFS=$'\n'
+  local stamp fresh=true path begin=$SECONDS status=0 IFS=$'\n'
   set -f
   stamp="$exp/.stages/$number"
   [ "$number" -gt 1 ] || stamp="data/.stages/$corpus-$number"  # the corpus is shared by all models
@@ -83,12 +98,7 @@ run_stage() {  # NUMBER TITLE "READS" "WRITES" COMMAND...
   if $fresh; then echo "== stage $number: $title: complete, skipped (--force redoes it)"; return; fi
   echo "== stage $number: $title: ${reads//$'\n'/ } -> ${writes//$'\n'/ }"
   rm -f "$stamp"
-  "$@" &
-  child=$!
-  trap 'kill -TERM "$child" 2> /dev/null' TERM INT  # a training saves before it ends, and is waited for
-  wait "$child" || status=$?
-  while kill -0 "$child" 2> /dev/null; do status=0; wait "$child" || status=$?; done
-  trap - TERM INT
+  attended "$@" || status=$?
   [ "$status" = 0 ] || { echo "run.sh: stage $number ($title) failed; the same command goes on from here" >&2; exit "$status"; }
   mkdir -p "$(dirname "$stamp")" && echo "$*" > "$stamp"
   echo "== stage $number: done in $((SECONDS - begin)) s"
@@ -116,8 +126,20 @@ one_of "$corpus" --corpus $CORPORA
 for pair in "--stage $stage" "--stop-stage $stop_stage"; do one_of "${pair#* }" "${pair% *}" 0 1 2 3 4 5 6 7; done
 [ "$stage" -le "$stop_stage" ] || fail "--stage $stage --stop-stage $stop_stage: nothing lies between them"
 [[ "$nodes" =~ ^[1-9][0-9]*$ ]] || fail "--nodes $nodes: must be a positive number"
+asked=$gpus
 if [ -z "$gpus" ]; then gpus=0; if nvidia-smi -L > /dev/null 2>&1 || [ -e /dev/nvidia0 ]; then gpus=1; fi; fi
 [[ "$gpus" =~ ^[0-9]+$ ]] || fail "--gpus $gpus: must be 0 or more"
+[ "$nodes" = 1 ] || [ "$gpus" -gt 0 ] || fail "--nodes $nodes: say with --gpus N how many GPUs a node has"
+if [ "$gpus" = 0 ]; then ensure_environment; else ensure_environment --cuda; fi
+python=.venv/bin/python
+if [ "$nodes" -gt 1 ]; then $python -m recipes.gpu "$gpus" --elsewhere || exit 2
+elif [ "$gpus" -gt 0 ] && ! $python -m recipes.gpu "$gpus"; then
+  [ -z "$asked" ] || exit 2
+  echo "run.sh: goes on with the CPU" >&2
+  gpus=0 asked=0
+fi
+# All stages then leave the GPUs alone: those that take what they find find none.
+[ "$asked" != 0 ] || export CUDA_VISIBLE_DEVICES=""
 
 if [ "$here" != "$PWD" ]; then  # what is relative is so to the folder of the caller
   [ -z "$data" ] || [[ "$data" = /* ]] || data=$here/$data
@@ -127,7 +149,6 @@ exp=${exp:-exp/${model}_$corpus}
 manifests=data/$corpus
 quoted() { if [[ "$1" =~ [^A-Za-z0-9_./-] ]]; then echo "'${1//\'/\\\'}'"; else echo "$1"; fi; }  # as Hydra reads it
 train=(--config-name "$model" "corpus=$corpus")
-[ "$nodes" = 1 ] || [ "$gpus" -gt 0 ] || fail "--nodes $nodes: say with --gpus N how many GPUs a node has"
 if [ "$nodes" -gt 1 ]; then train+=(trainer=slurm "trainer.devices=$gpus" "trainer.num_nodes=$nodes")
 elif [ "$gpus" -gt 1 ]; then train+=(trainer=ddp "trainer.devices=$gpus")
 elif [ "$gpus" = 1 ]; then train+=(trainer=gpu)
@@ -143,14 +164,15 @@ settings+=(${overrides[@]+"${overrides[@]}"})
 train+=("${settings[@]}")
 where=(${data:+--data "$data"})
 
-ensure_environment
-python=.venv/bin/python
-[ "$gpus" = 0 ] || [ "$nodes" -gt 1 ] || $python -m recipes.gpu "$gpus" || exit 2
 [ ${#overrides[@]} = 0 ] || $python -m recipes.config "${train[@]}" || exit 2
 mkdir -p "$exp"
 if [ -n "$data" ]; then tree=$data; elif [ "$corpus" = mini ]; then tree=data/mini_tree/LibriSpeech; else tree=data/LibriSpeech; fi
 tests=$($python -m manifests.corpus tests "$corpus")
-tests_read=${tests//[\[\]]/} tests_read=${tests_read//,/$'\n'}
+tests_made=${tests//[\[\]]/} tests_made=${tests_made//,/$'\n'}
+for override in ${overrides[@]+"${overrides[@]}"}; do  # as the run's own configuration names them, which the report asks
+  [[ "$override" != corpus.test=* ]] || tests=${override#*=}
+done
+tests_read=${tests//[\[\]\"\']/} tests_read=${tests_read//, /,} tests_read=${tests_read//,/$'\n'}
 recipe=$(lines conf/base.yaml "conf/${model%_bpe}.yaml" "conf/$model.yaml" "conf/corpus/$corpus.yaml" conf/size/*.yaml \
   conf/trainer/*.yaml "$manifests/train.json" ${tokenizer:+"$tokenizer"})
 sources=conf/corpus/$corpus.yaml
@@ -158,7 +180,7 @@ sources=conf/corpus/$corpus.yaml
 
 run_stage 0 corpus "$sources" "$tree" $python -m manifests.corpus fetch "$corpus" "${where[@]}"
 run_stage 1 manifests "$(lines "conf/corpus/$corpus.yaml" "data/.stages/$corpus-0")" \
-  "$(lines "$manifests/train.json" "$manifests/dev.json" "$tests_read")" \
+  "$(lines "$manifests/train.json" "$manifests/dev.json" "$tests_made")" \
   $python -m manifests.corpus build "$corpus" "${where[@]}" --out "$manifests" --check
 if [ -n "$tokenizer" ]; then
   run_stage 2 tokenizer "$manifests/train.json" "$tokenizer/tokenizer.model" \
@@ -183,7 +205,9 @@ if [ "$stage" -le 4 ] && [ "$stop_stage" -ge 4 ]; then
   fi
 fi
 run_stage 4 train "$(lines "$recipe" "$manifests/dev.json")" "$exp/curve.csv" $python -m recipes.train "${train[@]}"
-run_stage 5 average "$exp/.stages/4" "$exp/$model.nemo" $python -m recipes.average "$exp" --out "$exp/$model.nemo"
+# Not all trainings are of stage 4: the cluster's are not, nor one by hand in the same folder.
+run_stage 5 average "$(lines "$exp/.stages/4" "$exp/curve.csv" "$exp/checkpoints")" "$exp/$model.nemo" \
+  $python -m recipes.average "$exp" --out "$exp/$model.nemo"
 run_stage 6 evaluate "$(lines "$exp/$model.nemo" "$tests_read")" "$exp/evaluation/metrics.json" \
   $python -m recipes.evaluate "model=$exp/$model.nemo" "manifests=$tests" "output=$exp/evaluation" pairs=0
 run_stage 7 report "$(lines "$exp/evaluation/metrics.json" "$exp/curve.csv")" "$(lines "$exp/report.md" "$exp/curve.png")" \

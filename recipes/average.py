@@ -27,18 +27,29 @@ class AverageError(RuntimeError):
 
 
 def best_checkpoints(folder: Path) -> list[Path]:
-    """The top-k checkpoints of a run, best first, or its last one. Raises AverageError where there is none."""
+    """The top-k checkpoints of a run, best first, by what its configuration monitors; its last one where no name has that.
+
+    Raises AverageError where there is none.
+    """
+    from omegaconf import OmegaConf
+
     checkpoints = sorted(folder.glob("checkpoints/*.ckpt"))
+    if not checkpoints:
+        raise AverageError(f"{folder}/checkpoints: no checkpoint; train first (stage 4)")
+    cfg = OmegaConf.load(folder / "config.yaml") if (folder / "config.yaml").is_file() else OmegaConf.create()
+    kept = OmegaConf.select(cfg, "exp_manager.checkpoint_callback_params") or {}
+    monitor, mode = kept.get("monitor") or "val_wer", kept.get("mode") or "min"
     scored = []
     for path in checkpoints:
-        match = re.search(r"val_wer=([0-9.]+)-", path.name)
+        match = re.search(rf"(?:^|-){re.escape(monitor)}=(-?[0-9.]+)-", path.name)
         if match and not path.name.endswith("-last.ckpt"):
-            scored.append((float(match[1]), path.name, path))
+            scored.append((float(match[1]) * (-1 if mode == "max" else 1), path.name, path))
     if scored:
         return [path for _, _, path in sorted(scored)]
-    if checkpoints:
-        return checkpoints[-1:]
-    raise AverageError(f"{folder}/checkpoints: no checkpoint; train first (stage 4)")
+    newest = max(checkpoints, key=lambda path: (path.name.endswith("-last.ckpt"), path.stat().st_mtime))
+    print(f"   no checkpoint in {folder}/checkpoints has {monitor} in its name: {newest.name}, the newest, is taken",
+          flush=True)
+    return [newest]
 
 
 def state_of(path: Path) -> dict:
@@ -123,13 +134,13 @@ def main(arguments: list[str] | None = None) -> int:
     quiet_imports()
     from manifests.schema import ManifestError
     from recipes.config import ROOT, ConfigError
-    from recipes.decode import AudioError
+    from recipes.decode import AudioError, ModelError
 
     exp, out = args.exp.resolve(), args.out.resolve()
     os.chdir(ROOT)  # a run's configuration names its manifests from there, as in training
     try:
         save_best(exp, out)
-    except (AudioError, AverageError, ConfigError, ManifestError, OSError) as error:
+    except (AudioError, AverageError, ConfigError, ManifestError, ModelError, OSError) as error:
         print(f"average.py: {error}", file=sys.stderr)
         return 1
     return 0

@@ -209,7 +209,7 @@ def check(cfg: DictConfig, manifests: bool = True) -> None:
     cpu = trainer.accelerator == "cpu"
     lhotse = bool(train.get("use_lhotse"))
     shards = bool(train.get("tarred_audio_filepaths") or train.get("shar_path"))
-    manifests = [] if isinstance(train.manifest_filepath, str) else list(train.manifest_filepath or [])
+    several = [] if isinstance(train.manifest_filepath, str) else list(train.manifest_filepath or [])
     # lhotse's own augmentations of waveforms: cuts with ids that no later epoch has, or ids that all epochs share.
     chosen_anew = next((f"model.train_ds.{key}" for key in DRAWN_ANEW if train.get(key)), "")
     many = trainer.num_nodes > 1 or (isinstance(trainer.devices, int) and trainer.devices > 1)
@@ -242,7 +242,7 @@ def check(cfg: DictConfig, manifests: bool = True) -> None:
         (train.get("cache_features") and chosen_anew,
          f"model.train_ds.cache_features=true keeps each utterance as it was first drawn, and {chosen_anew} changes it "
          "each time; set cache_features=false"),
-        (len(manifests) > 1 and any(Path(str(path)).name == COMBINED for path in manifests),
+        (len(several) > 1 and any(Path(str(path)).name == COMBINED for path in several),
          f"model.train_ds.manifest_filepath: {COMBINED} is one of several; shards are read alone: shard all the "
          "utterances together (python -m manifests.shards)"),
         (shards and isinstance(train.get("shard_seed"), int) and (many or train.num_workers > 1),

@@ -11,6 +11,7 @@ Shapes: B batch, T samples, T' output frames, V labels (blank is index V).
 
 from __future__ import annotations
 
+import sys
 import threading
 from collections import deque
 from collections.abc import Callable
@@ -24,6 +25,7 @@ import torch
 from torch import Tensor
 
 from recipes.data import ManifestBatches, read_audio
+from recipes.gpu import out_of_memory, without_kernels
 from recipes.options import PRECISIONS, known
 # Seconds of padded audio in a batch. On a CPU there is a batch for each core; larger ones only leave its cache.
 BATCH_SECONDS = {"cpu": 120.0, "cuda": 960.0}
@@ -31,19 +33,27 @@ MIN_BATCH_SAMPLES = 4000  # encoders stumble over batches of a few frames: these
 
 
 class ModelError(RuntimeError):
-    """A model that cannot be loaded or has no CTC head. The message is one line."""
+    """A model that cannot be loaded, has no CTC head, or needs more memory than there is. The message is one line."""
 
 
 def pick_device(name: str = "auto") -> torch.device:
-    """`auto` is a GPU where there is one. Raises ModelError for a device that is not there."""
+    """`auto` is a GPU where there is one that this torch has kernels for.
+
+    Raises ModelError for a device that is not there or cannot be used.
+    """
     if name == "auto":
-        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+        why = without_kernels(0) if torch.cuda.is_available() else ""
+        if why:
+            print(f"the CPU is used: torch {torch.__version__} {why}", file=sys.stderr)
+        return torch.device("cuda" if torch.cuda.is_available() and not why else "cpu")
     try:
         device = torch.device(name)
     except RuntimeError as error:
         raise ModelError(f"device={name}: {str(error).splitlines()[0]}; use auto, cpu or cuda") from None
     if device.type == "cuda" and not (torch.cuda.is_available() and (device.index or 0) < torch.cuda.device_count()):
         raise ModelError(f"device={name}: {torch.cuda.device_count()} CUDA devices here; use device=auto or device=cpu")
+    if device.type == "cuda" and (why := without_kernels(device.index or 0)):
+        raise ModelError(f"device={name}: torch {torch.__version__} {why}; device=cpu does without")
     return device
 
 
@@ -186,7 +196,11 @@ class Decoder:
         self._lock = threading.Lock()
 
     def run(self) -> list[str | None]:
-        """Decodes all rows once; returns `texts`."""
+        """Decodes all rows once; returns `texts`.
+
+        A batch that does not fit into the memory is decoded in halves. Raises ModelError for an utterance that does not
+        fit alone, AudioError for audio that cannot be read.
+        """
         start = perf_counter()
         with evaluation_mode(self.model):
             if self.on_cpu and self.workers > 1 and len(self.groups) > 2:
@@ -278,12 +292,28 @@ class Decoder:
             return
         self._longest = max(self._longest, audio_BT.shape[1])
         try:
-            log_probs_BTV, encoded_lengths = log_probs(
-                self.model, audio_BT.to(self.device), lengths.to(self.device), self.precision
-            )
-        except torch.cuda.OutOfMemoryError as error:
-            seconds = audio_BT.numel() / self.sample_rate
-            raise ModelError(f"a batch of {seconds:.0f} s does not fit into the GPU: lower batch_seconds") from error
+            self._decode_at_once(audio_BT, lengths, kept)
+            return
+        except RuntimeError as error:
+            if not out_of_memory(error):
+                raise
+            if len(kept) == 1:
+                seconds = int(lengths) / self.sample_rate
+                raise ModelError(
+                    f"{self.rows[kept[0]]['audio_filepath']}: its {seconds:.0f} s do not fit into the memory of "
+                    f"{self.device}: cut it into shorter pieces" + ("" if self.on_cpu else ", or give device=cpu")
+                ) from error
+        # Not within the except: the error keeps alive what did not fit.
+        torch.cuda.empty_cache()
+        half = len(kept) // 2
+        for part in (slice(None, half), slice(half, None)):
+            longest = max(MIN_BATCH_SAMPLES, int(lengths[part].max()))
+            self._decode(audio_BT[part, :longest], lengths[part], kept[part])
+
+    def _decode_at_once(self, audio_BT: Tensor, lengths: Tensor, kept: list[int]) -> None:
+        log_probs_BTV, encoded_lengths = log_probs(
+            self.model, audio_BT.to(self.device), lengths.to(self.device), self.precision
+        )
         hypotheses = self.decoding.ctc_decoder_predictions_tensor(
             decoder_outputs=log_probs_BTV, decoder_lengths=encoded_lengths, return_hypotheses=False
         )

@@ -2,8 +2,9 @@
 
     python recipes/evaluate.py model=x.nemo manifests=[a.json,b.json]
 
-Writes to the output folder `predictions_NAME.json` for each manifest (its rows, in its order, with `pred_text`) and
-one `metrics.json`; prints a table and some reference/hypothesis pairs. A manifest without `text` gets predictions only.
+Writes to the output folder, by default one beside the model that is named after the manifests, `predictions_NAME.json`
+for each manifest (its rows, in its order, with `pred_text`) and one `metrics.json`; prints a table and some
+reference/hypothesis pairs. A manifest without `text` gets predictions only.
 """
 
 from __future__ import annotations
@@ -19,14 +20,17 @@ if not __package__:  # started by path: the project's root in place of this fold
     sys.path[0] = str(Path(__file__).resolve().parent.parent)
 
 from manifests.schema import ManifestError, iter_manifest, resolve_audio, show, write_atomic, write_manifest
+from manifests.shards_format import IN_SHARDS, is_sharded
 from manifests.validate import DURATION_TOLERANCE
 from recipes.options import (
     EXIT_FAILED, EXIT_USAGE, PRECISIONS, UsageError, existing_model, fail, known, option, parse, path_list, positive,
     required,
 )
+from recipes.pretrained import FOLDERS, pretrained_path
 from recipes.quiet import quiet_imports
 from recipes.threads import set_threads
 
+ROOT = Path(__file__).resolve().parent.parent
 NORMALISATION = (
     "references and hypotheses alike: lower case, Unicode NFKC, every kind of apostrophe as ', white space collapsed "
     "(manifests.text.normalize)"
@@ -41,7 +45,7 @@ class Options:
     model: str = required(".nemo file, Lightning .ckpt, or a recipe's name for its pretrained one")
     manifests: Any = required("one manifest or a list, [a.json,b.json]")
     names: Any = option("labels for the manifests in the table and in file names, by default the file names", None)
-    output: Optional[str] = option("folder for predictions and metrics, by default evaluation/ beside the model", None)
+    output: Optional[str] = option("folder for predictions and metrics, by default evaluation/NAMES beside the model", None)
     batch_seconds: Optional[float] = option("padded seconds of audio in a batch, by default by the device", None)
     device: str = option("auto, cpu, cuda or cuda:N", "auto")
     precision: str = option("32, or bf16-mixed: faster where the processor or GPU has bfloat16", "32")
@@ -82,11 +86,12 @@ def read_set(path: Path, name: str) -> EvaluationSet:
             "(\"\" for silence), or to none to get predictions only"
         )
     found.audio = [str(resolve_audio(row, path)) for row in found.rows]
-    missing = [i for i, audio in enumerate(found.audio) if not os.path.isfile(audio)]
+    files = [os.path.dirname(audio) if is_sharded(row) else audio for row, audio in zip(found.rows, found.audio)]
+    missing = [i for i, file in enumerate(files) if not os.path.isfile(file)]
     if missing:
         more = f" (and {len(missing) - 1} more)" if len(missing) > 1 else ""
         raise ManifestError(
-            f"{path}:{found.lines[missing[0]]}: no audio file {show(found.audio[missing[0]], 300)}{more}: "
+            f"{path}:{found.lines[missing[0]]}: no audio file {show(files[missing[0]], 300)}{more}: "
             "correct the path or build the manifest again"
         )
     return found
@@ -113,6 +118,18 @@ def read_sets(manifests, names=None) -> list[EvaluationSet]:
     if len(set(names)) < len(names):
         raise UsageError(f"names {names} are not distinct; give names=[...]")
     return [read_set(path, name) for path, name in zip(paths, names)]
+
+
+def default_output(model: Path, names: list[str]) -> Path:
+    """Where the evaluation of a model goes that is told no folder: one for these sets, beside the model.
+
+    What is right in evaluation/ is run.sh's, of all the run's test sets. Beside pretrained weights lie the repository's
+    own files: their evaluations go to exp/.
+    """
+    sets = "+".join(names)[:60]  # a file name has its limits
+    if model.resolve() in [pretrained_path(name).resolve() for name in FOLDERS]:
+        return ROOT / "exp" / f"{model.stem}_pretrained" / "evaluation" / sets
+    return model.parent / "evaluation" / sets
 
 
 def evaluate_model(model, manifests, *, output=None, names=None, batch_seconds: float | None = None,
@@ -235,12 +252,17 @@ def _cost(audio_seconds: float, seconds: float) -> dict:
 
 
 def write_predictions(path: Path, one: EvaluationSet, hypotheses: list[str]) -> None:
-    """The set's rows in their order with `pred_text`; relative audio paths are made to hold from the new folder."""
+    """The set's rows in their order with `pred_text`; relative audio paths are made to hold from the new folder.
+
+    Rows of shards are found beside their manifest only: they keep the name in the tar and lose the place in it.
+    """
     folder = os.path.realpath(path.parent)
     rows = []
     for row, audio, hypothesis in zip(one.rows, one.audio, hypotheses):
         written = row["audio_filepath"]
-        if not os.path.isabs(written):
+        if is_sharded(row):
+            row = {key: value for key, value in row.items() if key not in IN_SHARDS}
+        elif not os.path.isabs(written):
             written = os.path.relpath(os.path.realpath(audio), folder)
         rows.append({**row, "audio_filepath": written, "pred_text": hypothesis})
     write_manifest(path, rows, required=("audio_filepath", "duration"))
@@ -303,7 +325,7 @@ def main(arguments: list[str] | None = None) -> int:
     quiet_imports()
     from recipes.decode import ModelError, load_model
 
-    output = Path(options.output).expanduser() if options.output else path.parent / "evaluation"
+    output = Path(options.output).expanduser() if options.output else default_output(path, [one.name for one in sets])
     try:
         model = load_model(path, options.device)
         output.mkdir(parents=True, exist_ok=True)  # a folder that cannot be written to is found before the work

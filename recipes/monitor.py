@@ -180,27 +180,46 @@ def memory_mb(device: torch.device) -> float:
 
 
 class SaveLast(Callback):
-    """Keeps the `-last` checkpoint fresh between validations, and saves it when SIGTERM asks the run to end.
+    """Keeps the `-last` checkpoint fresh between validations, and saves it when SIGTERM or Ctrl-C asks the run to end.
 
-    All devices decide together, in the step in which one of them was asked, so none waits for another.
+    A second Ctrl-C ends it at once. All devices decide together, in the step in which one of them was asked, so none
+    waits for another.
     """
 
     def __init__(self, every_seconds: float = 300.0):
         self.every_seconds = every_seconds
         self._asked = False
+        self._interrupt = None  # the handler of SIGINT before the training
 
     def on_train_start(self, trainer, model):
         self._saved, self._step = time.perf_counter(), trainer.global_step
         model.end_requested = lambda: self._asked
 
+        process = os.getpid()
+
         def ask(signum, frame):
+            if os.getpid() != process:  # a loader's worker has inherited this: it goes on reading until it is ended
+                return
             self._asked = True
             launcher = trainer.strategy.launcher
-            if launcher is not None and trainer.is_global_zero:
+            if signum == signal.SIGINT:  # a terminal sends it to all processes itself
+                signal.signal(signal.SIGINT, signal.default_int_handler)
+                if trainer.is_global_zero:
+                    os.write(2, b"\nsaves after this step and ends; Ctrl-C again ends at once, without saving\n")
+            elif launcher is not None and trainer.is_global_zero:
                 launcher.kill(signum)  # the processes that this one started get no signal of their own
 
-        # Lightning's own handler would end the run at this step without a checkpoint.
+        # Lightning's own handlers would end the run at this step without a checkpoint.
         signal.signal(signal.SIGTERM, ask)
+        if signal.getsignal(signal.SIGINT) is not signal.SIG_IGN:  # as run.sh leaves it, which sends SIGTERM for it
+            self._interrupt = signal.signal(signal.SIGINT, ask)
+
+    def on_train_end(self, trainer, model):
+        if self._interrupt is not None:
+            signal.signal(signal.SIGINT, self._interrupt)
+
+    def on_exception(self, trainer, model, exception):
+        self.on_train_end(trainer, model)
 
     def on_train_batch_end(self, trainer, model, outputs, batch, batch_idx):
         step, before = trainer.global_step, self._step

@@ -7,9 +7,10 @@ command goes on from the last checkpoint of its experiment folder, or says that 
 from __future__ import annotations
 
 import argparse
+import math
 import os
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -18,6 +19,7 @@ if not __package__:  # started by path: the project's root in place of this fold
 
 from recipes import cluster
 from recipes.config import CONF, COMPUTED, ConfigError, check_against_code, compose, hydra_arguments, one_line, recipes
+from recipes.gpu import visible_gpus
 from recipes.pretrained import FOLDERS, pretrained_path
 from recipes.quiet import quiet_imports, quiet_nemo
 from recipes.threads import set_threads
@@ -42,8 +44,9 @@ def main(arguments: list[str] | None = None) -> int:
     except ConfigError as error:
         print(f"train.py: {error}", file=sys.stderr)
         return EXIT_CONFIG
-    cluster.start_processes_here(trainer.num_nodes, trainer.devices)
-    set_threads(max(trainer.devices, 1) if isinstance(trainer.devices, int) else 1)
+    processes = device_count(trainer, visible_gpus)
+    cluster.start_processes_here(trainer.num_nodes, processes)
+    set_threads(processes)
     quiet_imports()
     from nemo.core.config import hydra_runner
 
@@ -64,6 +67,7 @@ def _guarded_fit(cfg) -> int:
     from manifests.schema import ManifestError
     from recipes.ctc_model import TrainingDiverged
     from recipes.data import DataError
+    from recipes.gpu import out_of_memory
 
     try:
         fit(cfg)
@@ -77,6 +81,16 @@ def _guarded_fit(cfg) -> int:
         return EXIT_DIVERGED
     except SIGTERMException:
         return EXIT_ENDED
+    except RuntimeError as error:
+        if os.environ.get(FULL_ERROR) == "1" or not out_of_memory(error):
+            raise
+        seconds, batches = cfg.model.train_ds.batch_duration, cfg.trainer.accumulate_grad_batches
+        print(
+            f"train.py: out of memory with up to {seconds:.0f} s of audio on a device at once: "
+            f"trainer.accumulate_grad_batches={2 * batches} (now {batches}) halves that and leaves the global batch as it is "
+            f"({FULL_ERROR}=1 shows where)", file=sys.stderr,
+        )
+        return EXIT_CONFIG
     return 0
 
 
@@ -116,7 +130,7 @@ def fit(cfg):
 
     from manifests.schema import write_atomic
     from recipes import resume
-    from recipes.gpu import missing_gpus
+    from recipes.gpu import asked_of_driver, missing_gpus
     from recipes.monitor import Progress, SaveLast, WandbMedia
     from tools.doctor.bands import corpus_of
     from tools.doctor.callback import Doctor  # an entry point may attach a monitor of tools
@@ -135,6 +149,9 @@ def fit(cfg):
             print(left_out, flush=True)
         resume.settle_checkpoints(folder)
         resume.refuse_another_run(folder, cfg)
+        cluster.say_ready(folder / ".lock" / "settled")
+    else:
+        cluster.wait_until_ready(folder / ".lock" / "settled")
     last = resume.last_checkpoint(folder)
     if last is not None and (steps := resume.steps_done(last)) >= cfg.trainer.max_steps:
         if is_global_rank_zero():
@@ -163,10 +180,12 @@ def fit(cfg):
         parameters = sum(p.numel() for p in model.parameters()) / 1e6
         print(
             f"{cfg.name} on {cfg.corpus.name}: {parameters:.1f} M parameters, {cfg.trainer.max_steps} steps of "
-            f"{cfg.training.global_batch_seconds:g} s of audio over {trainer.world_size} device(s), "
-            f"peak learning rate {cfg.model.optim.lr:g}, outputs in {folder}",
+            f"{cfg.training.global_batch_seconds:g} s of audio over {trainer.world_size} device(s) "
+            f"({cfg.trainer.accelerator}, {cfg.trainer.precision}), peak learning rate {cfg.model.optim.lr:g}, outputs in {folder}",
             flush=True,
         )
+        if cfg.trainer.accelerator == "cpu" and visible_gpus() and asked_of_driver("index"):
+            print("note: this machine has a GPU, and trainer=cpu leaves it alone; trainer=gpu trains on it", flush=True)
     for logger in trainer.loggers:
         if hasattr(logger, "experiment") and type(logger).__name__ == "WandbLogger" and trainer.is_global_zero:
             logger.experiment.config.update(OmegaConf.to_container(cfg, resolve=True), allow_val_change=True)
@@ -228,8 +247,9 @@ def fill_in(cfg, labels=None) -> str:
     """Sets what follows from other values: the batch of a device, the number of steps, the schedule in steps.
 
     One global batch in seconds is the recipe's; the batch of a device is its share. Steps are counted in global
-    batches, so neither they nor the learning rate change with the number of devices. Returns a line on the utterances
-    that are too short or too long to be trained on, empty where there is none. Raises what `look_at_data` does.
+    batches, so neither they nor the learning rate change with the number of devices. Returns what there is to say, empty
+    for nothing: utterances too short or too long to be trained on, features that would not fit into the memory. Raises
+    what `look_at_data` does.
     """
     from recipes.lengths import split_global_batch
 
@@ -246,6 +266,8 @@ def fill_in(cfg, labels=None) -> str:
     computed, seconds, left_out = trainer.max_steps < 1, 0.0, ""
     if not (train.get("tarred_audio_filepaths") or train.get("shar_path")):  # those are patterns of many files
         seconds, left_out = look_at_data(train, labels)
+        if train.get("cache_features"):
+            left_out = "\n".join(filter(None, [left_out, bound_cache(cfg, seconds)]))
     if computed:
         steps_a_pass = max(round(seconds / cfg.training.global_batch_seconds), 1)
         trainer.max_steps = max(int(steps_a_pass * cfg.training.epochs), 1)
@@ -267,6 +289,37 @@ def fill_in(cfg, labels=None) -> str:
     return left_out
 
 
+def bound_cache(cfg, seconds: float) -> str:
+    """Turns `cache_features` off where the features of all utterances would take over half of the memory that is free,
+    the GPU's or a process's share of the machine's; returns a line that says so, else an empty one.
+
+    Every device comes to hold nearly all of them: an epoch draws anew what it is given.
+    """
+    import torch
+
+    gpu = cfg.trainer.accelerator != "cpu" and torch.cuda.is_available()
+    free = torch.cuda.mem_get_info()[0] if gpu else free_memory() / device_count(cfg.trainer)
+    features = cfg.model.preprocessor
+    size = seconds / features.window_stride * features.features * 2  # bytes, float16
+    if size <= free / 2:
+        return ""
+    cfg.model.train_ds.cache_features = False
+    return (
+        f"model.train_ds.cache_features is off: the features of {seconds / 3600:.0f} h take {size / 2**30:.1f} GiB, over half "
+        f"of the {free / 2**30:.1f} GiB that {'the GPU' if gpu else 'each process'} has; audio is read anew in each epoch"
+    )
+
+
+def free_memory() -> float:
+    """Bytes of the machine's memory that are free or can be made so at once; without a limit where nothing says it."""
+    try:
+        lines = Path("/proc/meminfo").read_text().splitlines()
+    except OSError:
+        return math.inf
+    found = dict(line.split(":", 1) for line in lines if ":" in line)
+    return float(found["MemAvailable"].split()[0]) * 1024 if "MemAvailable" in found else math.inf
+
+
 def look_at_data(train, labels) -> tuple[float, str]:
     """Seconds of audio that will be trained on, and a line on what will not, by the manifests of `train`.
 
@@ -280,7 +333,7 @@ def look_at_data(train, labels) -> tuple[float, str]:
     encode = CharEncoder(labels) if labels is not None else len
     durations, spoken = [], 0
     for path in paths:
-        for line, row in iter_manifest(path):
+        for line, row in iter_manifest(path, blank=not train.get("use_lhotse")):
             try:
                 spoken += bool(encode(row["text"]))
             except ValueError as error:
@@ -303,16 +356,18 @@ def look_at_data(train, labels) -> tuple[float, str]:
     )
 
 
-def device_count(trainer) -> int:
-    """Devices of one node: a number, or all GPUs for -1 and auto."""
+def device_count(trainer, all_gpus: Callable[[], int] | None = None) -> int:
+    """Devices of one node: a number, or all GPUs for -1 and auto; these `all_gpus` counts, where torch must not be asked."""
     devices = trainer.devices
     if isinstance(devices, int) and devices > 0:
         return devices
     if isinstance(devices, (list, tuple)) or type(devices).__name__ == "ListConfig":
         return len(devices)
-    import torch
-
-    return max(torch.cuda.device_count(), 1) if trainer.accelerator != "cpu" else 1
+    if trainer.accelerator == "cpu":
+        return 1
+    if all_gpus is None:
+        from torch.cuda import device_count as all_gpus
+    return max(all_gpus(), 1)
 
 
 def _wandb_login() -> bool:

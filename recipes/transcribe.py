@@ -5,6 +5,8 @@
 Prints `path<TAB>text` lines, or saves them (.txt), or saves a manifest with `pred_text` (.json). Reads wav, flac, mp3,
 ogg and opus of any sample rate; several channels are averaged. A folder is searched with its subfolders; hidden files
 and folders (.name) are left out. What cannot be read is reported, the rest is transcribed, and the exit status is 1.
+A recording of more than twice `piece_seconds` (60 s) is cut at its quietest places into pieces of at most that (30 s), and
+their texts are joined: a model was trained on utterances, and attention takes memory by the square of the length.
 """
 
 from __future__ import annotations
@@ -28,6 +30,8 @@ from recipes.threads import set_threads
 
 SUFFIXES = (".wav", ".flac", ".mp3", ".ogg", ".opus")
 OUTPUTS = (".txt", ".json")
+PIECE_SECONDS = 30.0  # somewhat over the longest utterances of a usual corpus
+FRAMES_A_SECOND, PAUSE_FRAMES = 50, 10  # what loudness is measured on, and what it is averaged over
 
 
 @dataclass
@@ -38,6 +42,7 @@ class Options:
     audio: Any = required("one audio file or folder, or a list of them, [a.wav,folder]")
     output: Optional[str] = option("file to save to: .txt with path<TAB>text, .json for a manifest", None)
     batch_seconds: Optional[float] = option("padded seconds of audio in a batch, by default by the device", None)
+    piece_seconds: float = option("longest piece of a long recording, which is one of over twice that", PIECE_SECONDS)
     device: str = option("auto, cpu, cuda or cuda:N", "auto")
     precision: str = option("32, or bf16-mixed: faster where the processor or GPU has bfloat16", "32")
     num_workers: Optional[int] = option("batches at once on a CPU, reading threads beside a GPU", None)
@@ -92,13 +97,63 @@ def probe(path: Path) -> dict:
     return {"audio_filepath": str(path), "duration": info.frames / info.samplerate, "channels": info.channels}
 
 
+def pieces(row: dict, piece_seconds: float) -> list[dict]:
+    """The row of a recording as one or several, in order, each with its `duration` and `offset` in seconds.
+
+    What is longer than two pieces is cut at its quietest places, of the second half of what a piece may take.
+    Raises RuntimeError naming a file that cannot be read to its end.
+    """
+    if row["duration"] <= 2 * piece_seconds:
+        return [row]
+    loudness, frame = frame_loudness(row["audio_filepath"])
+    most = int(piece_seconds / frame)
+    borders = [0]
+    while (left := len(loudness) - borders[-1]) > most:
+        first, last = most // 2, min(most, left - most // 4)  # nothing too short to be understood is left at the end
+        borders.append(borders[-1] + first + int(loudness[borders[-1] + first : borders[-1] + last].argmin()))
+    borders.append(len(loudness))
+    return [
+        {**row, "offset": begin * frame, "duration": (end - begin) * frame}
+        for begin, end in zip(borders, borders[1:])
+    ]
+
+
+def frame_loudness(path: str):
+    """(mean square of the samples around each frame, seconds of a frame), read a minute at a time.
+
+    Raises RuntimeError naming the file.
+    """
+    import numpy as np
+    import soundfile
+
+    found = []
+    try:
+        with soundfile.SoundFile(path) as file:
+            rate, frame = file.samplerate, file.samplerate // FRAMES_A_SECOND
+            for block in file.blocks(frame * FRAMES_A_SECOND * 60, dtype="float32", always_2d=True):
+                samples = block.mean(axis=1)
+                samples = np.pad(samples, (0, -len(samples) % frame))
+                found.append(np.square(samples).reshape(-1, frame).mean(axis=1))
+        loudness = np.convolve(np.concatenate(found), np.full(PAUSE_FRAMES, 1 / PAUSE_FRAMES), mode="same")
+    except Exception as error:  # soundfile raises several unrelated kinds
+        raise RuntimeError(f"{path}: not readable as audio ({error})") from error
+    return loudness, frame / rate
+
+
 def read_mono(row: dict, sample_rate: int):
-    """Float32 samples of a whole file at `sample_rate`, channels averaged. Raises RuntimeError naming the file."""
+    """Float32 samples at `sample_rate`, channels averaged, of a whole file or of the piece that the row names.
+
+    Raises RuntimeError naming the file.
+    """
     import soundfile
     import soxr
 
+    part = {}
     try:
-        samples, rate = soundfile.read(row["audio_filepath"], dtype="float32", always_2d=True)
+        if "offset" in row:
+            rate = soundfile.info(row["audio_filepath"]).samplerate
+            part = {"start": round(row["offset"] * rate), "frames": round(row["duration"] * rate)}
+        samples, rate = soundfile.read(row["audio_filepath"], dtype="float32", always_2d=True, **part)
     except Exception as error:
         raise RuntimeError(f"{row['audio_filepath']}: not readable as audio ({error})") from error
     samples = samples[:, 0] if samples.shape[1] == 1 else samples.mean(axis=1)
@@ -106,10 +161,12 @@ def read_mono(row: dict, sample_rate: int):
 
 
 def transcribe(model, files: list[Path], *, batch_seconds: float | None = None, precision: str = "32",
-               num_workers: int | None = None, progress: bool = False, on_error=None) -> list[dict]:
+               num_workers: int | None = None, piece_seconds: float = PIECE_SECONDS, progress: bool = False,
+               on_error=None) -> list[dict]:
     """Rows (`audio_filepath`, `duration` in seconds, `pred_text`) of the files that could be read, in their order.
 
-    `on_error` is told one line about each of the others; without it the first raises RuntimeError.
+    A recording of over two `piece_seconds` is decoded in pieces; its text is theirs with spaces between. `on_error` is
+    told one line about each file that could not be read; without it the first raises RuntimeError.
     """
     from tqdm import tqdm
 
@@ -120,25 +177,45 @@ def transcribe(model, files: list[Path], *, batch_seconds: float | None = None, 
             raise error
         on_error(str(error))
 
-    rows = []
+    whole: list[dict] = []
+    rows: list[dict] = []
+    file_of: list[int] = []  # of each row, an index of `whole`
     for path in files:
         try:
-            rows.append(probe(path))
+            found = probe(path)
+            parts = pieces(found, piece_seconds)
         except RuntimeError as error:
             report(error)
+            continue
+        file_of += [len(whole)] * len(parts)
+        whole.append(found)
+        rows += parts
+    bad: set[int] = set()
+
+    def leave_out(index: int, error: Exception) -> None:
+        if file_of[index] not in bad:  # once, of however many pieces
+            bad.add(file_of[index])
+            report(error)
+
     total = round(sum(row["duration"] for row in rows))
     shown = {"unit": "s", "unit_scale": True, "desc": "seconds of audio", "leave": False, "disable": not progress}
     with tqdm(total=total, **shown) as bar:
         decoder = Decoder(
             model, rows, read=read_mono, batch_seconds=batch_seconds, precision=precision, num_workers=num_workers,
-            on_audio=bar.update, on_error=lambda index, error: report(error),
+            on_audio=bar.update, on_error=leave_out,
         )
         texts = decoder.run()
     for i in decoder.short:
-        report(RuntimeError(f"{rows[i]['audio_filepath']}: {rows[i]['duration']:.3f} s is too short to hold speech"))
+        if "offset" not in rows[i]:
+            seconds = rows[i]["duration"]
+            leave_out(i, RuntimeError(f"{rows[i]['audio_filepath']}: {seconds:.3f} s is too short to hold speech"))
+    said: list[list[str]] = [[] for _ in whole]
+    for i, text in zip(file_of, texts):
+        said[i].append(text or "")
     return [
-        {"audio_filepath": row["audio_filepath"], "duration": row["duration"], "pred_text": text}
-        for i, (row, text) in enumerate(zip(rows, texts)) if text is not None and i not in decoder.short
+        {"audio_filepath": row["audio_filepath"], "duration": row["duration"],
+         "pred_text": said[i][0] if len(said[i]) == 1 else " ".join(filter(None, map(str.strip, said[i])))}
+        for i, row in enumerate(whole) if i not in bad
     ]
 
 
@@ -158,6 +235,8 @@ def main(arguments: list[str] | None = None) -> int:
         options = parse(Options, given, __doc__)
         positive("batch_seconds", options.batch_seconds)
         positive("num_workers", options.num_workers)
+        if options.piece_seconds < 1:
+            raise UsageError(f"piece_seconds={options.piece_seconds}: must be 1 or more")
         known("precision", options.precision, PRECISIONS)
         model_path = existing_model(options.model)
         output = Path(options.output).expanduser() if options.output else None
@@ -187,7 +266,7 @@ def main(arguments: list[str] | None = None) -> int:
         model = load_model(model_path, options.device)
         rows = transcribe(
             model, files, batch_seconds=options.batch_seconds, precision=options.precision,
-            num_workers=options.num_workers,
+            num_workers=options.num_workers, piece_seconds=options.piece_seconds,
             progress=sys.stderr.isatty(), on_error=on_error,
         )
         if output:

@@ -3,6 +3,7 @@
 import json
 import os
 import shutil
+import signal
 import subprocess
 import time
 from pathlib import Path
@@ -84,12 +85,20 @@ def checkout(tmp_path) -> Path:
 STUB = r"""#!/usr/bin/env bash
 # In place of Python: makes what each stage writes, and tells of each call.
 echo "$*" >> calls.log
+[ -z "${CUDA_VISIBLE_DEVICES+set}" ] || echo "hidden: '$CUDA_VISIBLE_DEVICES' $*" >> hidden.log
 value() { local v=${1#*=}; v=${v#\'}; v=${v%\'}; echo "${v//\\\'/\'}"; }
 case "$*" in
   *"corpus tests"*) echo "[data/mini/test.json]" ;;
+  *recipes.gpu*) if [ -n "${NO_KERNELS:-}" ]; then echo "run.sh: no kernels" >&2; exit 2; fi ;;
   *"corpus fetch"*) mkdir -p data/mini_tree/LibriSpeech ;;
   *"corpus build"*) mkdir -p data/mini; for name in train dev test; do [ -e data/mini/$name.json ] || echo x > data/mini/$name.json; done ;;
-  *"doctor check"*) mkdir -p "$(dirname "$5")"; touch "$7" ;;
+  *"doctor check"*)
+    mkdir -p "$(dirname "$5")"; touch "$7"
+    if [ -n "${SLOW_CHECK:-}" ]; then
+      trap 'echo ended >> calls.log; exit 143' TERM
+      echo checking >> calls.log
+      sleep 60 > /dev/null 2>&1 & wait
+    fi ;;
   *tools.ladder*) touch "$6" ;;
   *recipes.train*)
     for word in "$@"; do case "$word" in *explicit_log_dir=*) folder=$(value "$word") ;; esac; done
@@ -181,16 +190,77 @@ def test_relative_folders_are_those_of_the_caller(stages):
     assert done.returncode == 0 and (elsewhere / "mine" / "report.md").is_file(), done.stderr
 
 
-def test_sigterm_reaches_the_training_which_saves_and_is_waited_for(stages):
-    process = subprocess.Popen(["./run.sh", "--gpus", "0"], cwd=stages, env={**os.environ, "SLOW": "1"},
+@pytest.mark.parametrize("signum", [signal.SIGTERM, signal.SIGINT])
+@pytest.mark.parametrize("slow, begun, ended", [("SLOW", "training", "saved"), ("SLOW_CHECK", "checking", "ended")])
+def test_a_signal_reaches_what_runs_which_ends_in_its_own_way_and_is_waited_for(stages, slow, begun, ended, signum):
+    process = subprocess.Popen(["./run.sh", "--gpus", "0"], cwd=stages, env={**os.environ, slow: "1"},
                                stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
     calls = stages / "calls.log"
     deadline = time.monotonic() + 60
-    while not (calls.is_file() and "training" in calls.read_text()) and time.monotonic() < deadline:
+    while not (calls.is_file() and begun in calls.read_text().splitlines()) and time.monotonic() < deadline:
         time.sleep(0.05)
-    process.terminate()
+    process.send_signal(signum)
     _, errors = process.communicate(timeout=30)
-    assert process.returncode == 143 and calls.read_text().endswith("saved\n") and "the same command goes on" in errors
+    assert process.returncode == 143 and calls.read_text().endswith(f"{ended}\n")
+    assert "the same command goes on" in errors and "trains all the same" not in errors
+
+
+def test_without_gpus_all_stages_find_none(stages):
+    assert run("--gpus", "0", cwd=stages).returncode == 0
+    hidden = (stages / "hidden.log").read_text().splitlines()
+    for name in ("doctor check", "tools.ladder", "recipes.train", "recipes.average", "recipes.evaluate"):
+        assert any(line.startswith("hidden: '' ") and name in line for line in hidden), name
+
+
+@pytest.fixture
+def with_gpu(stages, tmp_path):
+    """PATH of a machine whose nvidia-smi lists a GPU."""
+    (tmp_path / "bin").mkdir()
+    (tmp_path / "bin" / "nvidia-smi").write_text("#!/bin/sh\nexit 0\n")
+    (tmp_path / "bin" / "nvidia-smi").chmod(0o755)
+    return {"PATH": f"{tmp_path}/bin:{os.environ['PATH']}"}
+
+
+def test_a_gpu_that_nobody_asked_for_and_torch_cannot_use_is_said_and_left(stages, with_gpu):
+    done = run(cwd=stages, NO_KERNELS="1", **with_gpu)
+    calls = (stages / "calls.log").read_text()
+    assert done.returncode == 0 and done.stderr == "run.sh: no kernels\nrun.sh: goes on with the CPU\n"
+    assert "trainer=cpu" in calls and "trainer=gpu" not in calls and "hidden: ''" in (stages / "hidden.log").read_text()
+    asked = run("--gpus", "1", cwd=stages, NO_KERNELS="1", **with_gpu)
+    assert asked.returncode == 2 and asked.stderr == "run.sh: no kernels\n"
+
+
+def test_the_environment_for_gpus_is_made_where_they_are_wanted_and_does_for_the_cpu(stages):
+    calls = stages / "calls.log"
+    assert run("--gpus", "1", "--stop-stage", "1", cwd=stages).returncode == 0
+    assert "tools/install.py --cuda\n" in calls.read_text()
+    assert (stages / ".venv/.installed").read_text().endswith(" --cuda\n")
+    calls.unlink()
+    for gpus in ("1", "0"):
+        assert run("--gpus", gpus, "--stop-stage", "1", cwd=stages).returncode == 0
+    assert "tools/install.py" not in calls.read_text()
+
+
+def test_on_several_nodes_the_build_of_torch_is_asked(stages):
+    done = run("--nodes", "2", "--gpus", "8", cwd=stages, NO_KERNELS="1")
+    assert done.returncode == 2 and "recipes.gpu 8 --elsewhere\n" in (stages / "calls.log").read_text()
+
+
+@pytest.mark.parametrize("trained", ["curve.csv", "checkpoints"])
+def test_a_training_that_run_sh_did_not_start_is_averaged_and_evaluated(stages, trained):
+    assert run("--gpus", "0", cwd=stages).returncode == 0
+    folder = stages / "exp/deepspeech2_mini"
+    later = (folder / ".stages/7").stat().st_mtime + 5
+    os.utime(folder / trained, (later, later))
+    done = run("--gpus", "0", "--stage", "5", cwd=stages)
+    assert done.returncode == 0 and done_stages(done.stdout) == "567", done.stdout
+
+
+def test_the_test_manifests_of_an_override_are_evaluated_on(stages):
+    arguments = ["--gpus", "0", "--", "corpus.test=[other/a.json, other/b.json]"]
+    assert run(*arguments, cwd=stages).returncode == 0
+    assert "manifests=[other/a.json, other/b.json]" in (stages / "calls.log").read_text()
+    assert done_stages(run(*arguments, cwd=stages).stdout) == ""
 
 
 def test_all_stages_on_real_speech_then_nothing_to_do(checkout, librispeech_sample):

@@ -13,12 +13,13 @@ from recipes import cluster
 from recipes.config import ConfigError
 
 SLURM = {"SLURM_NTASKS": "1", "SLURM_PROCID": "0", "SLURM_LOCALID": "0", "SLURM_JOB_ID": "7"}
+TORCHRUN = {"TORCHELASTIC_RUN_ID": "none", "MASTER_ADDR": "here", "MASTER_PORT": "1234"}
 
 
 @pytest.fixture
 def environment(monkeypatch):
     def made(**values):
-        for name in (*SLURM, "RANK"):
+        for name in (*SLURM, *TORCHRUN, "RANK", "TORCHELASTIC_RESTART_COUNT", "SLURM_RESTART_COUNT", "SLURM_STEP_ID"):
             monkeypatch.delenv(name, raising=False)
         for name, value in values.items():
             monkeypatch.setenv(name, value)
@@ -32,13 +33,40 @@ def environment(monkeypatch):
     (2, 8, {"SLURM_NTASKS": "16"}, True),
     (1, 1, {}, True),
     (1, 4, {"RANK": "0"}, True),  # torchrun within a job
-    (1, "auto", {}, True),
 ])
 def test_what_slurm_says_of_one_task_is_no_rank_of_ours(environment, nodes, devices, more, kept):
     environment(**{**SLURM, **more})
     cluster.start_processes_here(nodes, devices)
     assert ("SLURM_PROCID" in os.environ) is kept and ("SLURM_NTASKS" in os.environ) is kept
     assert os.environ["SLURM_JOB_ID"] == "7"
+
+
+@pytest.mark.parametrize("first, other, same", [
+    (SLURM, {**SLURM, "SLURM_PROCID": "5"}, True),
+    (SLURM, {**SLURM, "SLURM_RESTART_COUNT": "1"}, False),  # requeued
+    (TORCHRUN, {**TORCHRUN, "RANK": "3", "SLURM_PROCID": "1"}, True),
+    (TORCHRUN, {**TORCHRUN, "MASTER_PORT": "1235"}, False),
+])
+def test_other_processes_wait_for_the_first_of_their_own_start(environment, monkeypatch, tmp_path, first, other, same):
+    monkeypatch.setattr(cluster, "FIRST_PATIENCE", 0.0)
+    environment(**other)
+    with pytest.raises(ConfigError, match="the first process"):
+        cluster.wait_until_ready(tmp_path / "settled")
+    environment(**first)
+    cluster.say_ready(tmp_path / "settled")
+    environment(**other)
+    if same:
+        cluster.wait_until_ready(tmp_path / "settled")
+    else:
+        with pytest.raises(ConfigError, match="settled: the first process"):
+            cluster.wait_until_ready(tmp_path / "settled")
+
+
+def test_processes_that_the_first_starts_need_no_mark(environment, tmp_path):
+    environment()
+    cluster.say_ready(tmp_path / "settled")
+    cluster.wait_until_ready(tmp_path / "settled")
+    assert not list(tmp_path.iterdir())
 
 
 def test_as_many_processes_as_devices():

@@ -183,3 +183,15 @@ def test_utterances_that_are_not_trained_on_are_counted(tmp_path):
     said = fill_in(compose("deepspeech2", [*manifests, "corpus.max_duration=60"]))
     assert said.startswith("2 of 4 utterances, 0.02 h, are not trained on") and "=60 s" in said
     assert fill_in(compose("deepspeech2", [*manifests, "corpus.max_duration=80", "model.train_ds.min_duration=0.01"])) == ""
+
+
+def test_features_that_do_not_fit_into_the_memory_are_not_kept(tmp_path, monkeypatch):
+    from recipes import train
+
+    (tmp_path / "train.json").write_text('{"audio_filepath": "a.flac", "duration": 10.0, "text": "a"}\n')  # 160 kB
+    manifests = [f"corpus.{part}={tmp_path}/train.json" for part in ("train", "validation")]
+    for free, kept in [(400_000, True), (300_000, False)]:
+        monkeypatch.setattr(train, "free_memory", lambda: free)
+        cfg = compose("deepspeech2", manifests)
+        assert ("model.train_ds.cache_features is off" in train.fill_in(cfg)) is not kept
+        assert cfg.model.train_ds.cache_features is kept

@@ -12,9 +12,10 @@ import torch
 
 from manifests.schema import ManifestError, read_manifest
 from recipes import evaluate
-from recipes.decode import log_probs
-from recipes.evaluate import evaluate_model, read_sets, report
+from recipes.decode import ModelError, log_probs
+from recipes.evaluate import default_output, evaluate_model, read_sets, report
 from recipes.options import PRECISIONS
+from recipes.pretrained import FOLDERS, pretrained_path
 from tests.conftest import ROOT
 from tests.recipes import tiny
 from tests.recipes.tiny import RATE, corpus, write_audio, write_rows
@@ -263,6 +264,42 @@ def test_names_are_distinct_and_fit_into_file_names(tmp_path, rows):
             read_sets(paths, names)
 
 
+def test_an_evaluation_is_beside_the_model_under_the_names_of_its_sets(tmp_path):
+    assert default_output(tmp_path / "m.nemo", ["dev", "test"]) == tmp_path / "evaluation" / "dev+test"
+    for name in FOLDERS:  # nothing is written between the repository's own files
+        assert default_output(pretrained_path(name), ["dev"]) == ROOT / "exp" / f"{name}_pretrained" / "evaluation" / "dev"
+
+
+# ---- memory ---------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def memory(monkeypatch):
+    """A machine on which only so many samples are decoded at once."""
+    def made(samples: int):
+        def limited(model, audio_BT, lengths, precision="32"):
+            if audio_BT.numel() > samples:
+                raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 20.00 GiB.")
+            return log_probs(model, audio_BT, lengths, precision)
+
+        monkeypatch.setattr("recipes.decode.log_probs", limited)
+
+    return made
+
+
+def test_a_batch_that_does_not_fit_is_decoded_in_halves(model, rows, memory):
+    expected = one_by_one(model, rows)
+    memory(int(2.2 * RATE))
+    assert decode(model, rows, batch_seconds=100, num_workers=1) == expected
+
+
+def test_an_utterance_that_does_not_fit_alone_is_named(model, rows, memory):
+    memory(2 * RATE)
+    with pytest.raises(ModelError, match=r"u2\.wav: its 2 s do not fit into the memory of cpu: cut it") as raised:
+        decode(model, rows, batch_seconds=100, num_workers=1)
+    assert "\n" not in str(raised.value)
+
+
 # ---- what is wrong --------------------------------------------------------------------------------------------------
 
 
@@ -412,9 +449,9 @@ def test_real_speech_with_a_model_of_ours_in_a_fresh_process(librispeech_sample,
     assert "real speech" in done.stdout and done.stdout.count("  ref  ") == 1 and "metrics.json" in done.stdout
     for noise in ("OneLogger", "exporters", "NeMo W"):
         assert noise not in done.stderr, done.stderr
-    metrics = json.loads((tmp_path / "evaluation" / "metrics.json").read_text())
+    metrics = json.loads((tmp_path / "evaluation" / "real speech" / "metrics.json").read_text())
     assert metrics["model_class"] == "recipes.ctc_model.CTCModel"
-    written = read_manifest(tmp_path / "evaluation" / "predictions_real speech.json")
+    written = read_manifest(tmp_path / "evaluation" / "real speech" / "predictions_real speech.json")
     assert [row["pred_text"] for row in written] == decode(ours, rows)
     assert metrics["overall"]["words"]["reference"] == sum(len(row["text"].split()) for row in rows)
 

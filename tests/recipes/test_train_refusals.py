@@ -5,6 +5,7 @@ import json
 import numpy as np
 import pytest
 import soundfile
+import torch
 
 from recipes.config import compose
 from recipes.train import EXIT_CONFIG, _guarded_fit, _one_line
@@ -93,6 +94,22 @@ def test_weights_that_cannot_be_read_are_one_line(tones, tmp_path, capsys):  # n
 def test_a_gpu_that_is_not_there_is_one_line(tones, tmp_path, capsys, monkeypatch):  # noqa: F811
     monkeypatch.setattr("torch.cuda.is_available", lambda: False)
     assert "1 GPU(s) asked for" in refusal(capsys, tmp_path, *tones, "trainer=gpu")
+
+
+@pytest.mark.parametrize("error", [torch.OutOfMemoryError("CUDA out of memory.\nTried to allocate 2 GiB"),
+                                   torch.AcceleratorError("CUDA error: out of memory", 2),
+                                   RuntimeError("[enforce fail] DefaultCPUAllocator: can't allocate memory")])
+def test_too_little_memory_is_one_line_with_what_helps(tones, tmp_path, capsys, monkeypatch, error):  # noqa: F811
+    def fit(cfg):
+        cfg.model.train_ds.batch_duration = 240.0
+        raise error
+
+    monkeypatch.setattr("recipes.train.fit", fit)
+    said = refusal(capsys, tmp_path, *tones, "trainer.accumulate_grad_batches=2")
+    assert "240 s of audio" in said and "trainer.accumulate_grad_batches=4 (now 2)" in said
+    monkeypatch.setattr("recipes.train.fit", lambda cfg: (_ for _ in ()).throw(RuntimeError("something else")))
+    with pytest.raises(RuntimeError, match="something else"):
+        refusal(capsys, tmp_path, *tones)
 
 
 def test_the_traceback_is_there_for_who_wants_it(tones, tmp_path, monkeypatch):  # noqa: F811

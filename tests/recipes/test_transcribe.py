@@ -8,7 +8,10 @@ import pytest
 import soundfile
 
 from recipes import transcribe
-from recipes.transcribe import find_audio, read_mono
+from recipes.decode import Decoder, load_model
+from recipes.metrics import count_errors
+from recipes.pretrained import pretrained_path
+from recipes.transcribe import find_audio, pieces, probe, read_mono
 from tests.recipes import tiny
 from tests.recipes.tiny import RATE, write_audio
 
@@ -129,6 +132,7 @@ def test_bad_arguments_are_one_line(saved, tmp_path, capsys):
     for arguments, status, said in (
         ([f"model={saved}"], 2, "missing mandatory option: give audio=..."),
         ([f"model={saved}", f"audio={audio}", "output=x.csv"], 2, "give a name that ends in .txt or .json"),
+        ([f"model={saved}", f"audio={audio}", "piece_seconds=0.5"], 2, "piece_seconds=0.5: must be 1 or more"),
         ([f"model={saved}", f"audo={audio}"], 2, "did you mean audio?"),
         ([f"model={tmp_path}", f"audio={audio}"], 2, "is a folder"),
     ):
@@ -136,3 +140,76 @@ def test_bad_arguments_are_one_line(saved, tmp_path, capsys):
         assert found[0] == status and said in found[2] and found[2].count("\n") == 1 and found[1] == ""
     status, out, err = run(capsys, f"model={saved}", f"audio={tmp_path}/gone.wav")
     assert status == 1 and err.splitlines()[-1] == "transcribe.py: nothing to transcribe" and out == ""
+
+
+def with_pauses(path: Path, utterances: list, pause: float, rate: int = RATE) -> Path:
+    """The utterances in one file, a pause of hardly anything after each."""
+    silence = 1e-4 * np.random.default_rng(0).standard_normal(int(pause * rate))
+    soundfile.write(path, np.concatenate([part for one in utterances for part in (one, silence)]), rate)
+    return path
+
+
+@pytest.mark.parametrize("rate", [RATE, 11025, 44100])
+def test_long_recordings_are_cut_in_their_pauses_and_nothing_is_lost(tmp_path, rate):
+    noise = 0.3 * np.random.default_rng(1).standard_normal((9, 5 * rate))
+    path = with_pauses(tmp_path / "long.wav", list(noise), pause=1.0, rate=rate)
+    row = probe(path)
+    assert pieces(row, 27.0) == [row]  # 54 s are not more than twice that
+    cut = pieces(row, 8.0)
+    assert len(cut) == 9 and all(3 < piece["duration"] <= 8 for piece in cut)
+    for piece in cut[1:]:
+        assert 5 <= piece["offset"] % 6 <= 6
+    read = np.concatenate([read_mono(piece, rate) for piece in cut])
+    assert np.array_equal(read, read_mono(row, rate))
+
+
+def test_a_recording_just_over_two_pieces_has_no_piece_too_short_to_be_understood(tmp_path):
+    path = write_audio(tmp_path / "a.wav", 8.03)
+    assert all(1.0 <= piece["duration"] <= 4 for piece in pieces(probe(path), 4.0))
+
+
+def test_a_long_recording_is_one_line_with_the_texts_of_its_pieces(saved, tmp_path, capsys):
+    rng = np.random.default_rng(2)
+    long = with_pauses(tmp_path / "long.wav", list(0.3 * rng.standard_normal((4, RATE))), pause=0.5)
+    short = write_audio(tmp_path / "short.wav", 1.0)
+    status, out, err = run(capsys, f"model={saved}", f"audio=[{long},{short}]", "device=cpu", "piece_seconds=1.9",
+                           f"output={tmp_path}/o.json")
+    assert status == 0, err
+    rows = [json.loads(line) for line in (tmp_path / "o.json").read_text().splitlines()]
+    assert [(row["audio_filepath"], row["duration"]) for row in rows] == [(str(long), 6.0), (str(short), 1.0)]
+    parts = []
+    for i, piece in enumerate(pieces(probe(long), 1.9)):
+        soundfile.write(tmp_path / f"{i}.wav", read_mono(piece, RATE), RATE)
+        parts.append(probe(tmp_path / f"{i}.wav"))
+    texts = Decoder(load_model(saved, "cpu"), parts, read=read_mono).run()
+    assert len(texts) > 3 and rows[0]["pred_text"] == " ".join(text.strip() for text in texts if text.strip())
+
+
+def test_a_long_recording_that_cannot_be_read_is_named_once(saved, tmp_path, capsys, monkeypatch):
+    long = write_audio(tmp_path / "long.wav", 6.0)
+    short = write_audio(tmp_path / "short.wav", 1.0)
+
+    def read(row, rate):
+        if row.get("offset"):
+            raise RuntimeError(f"{row['audio_filepath']}: not readable as audio")
+        return read_mono(row, rate)
+
+    monkeypatch.setattr(transcribe, "read_mono", read)
+    status, out, err = run(capsys, f"model={saved}", f"audio=[{long},{short}]", "device=cpu", "piece_seconds=1.0")
+    assert status == 1 and err.count("not readable") == 1
+    assert [line.split("\t")[0] for line in out.splitlines()] == [str(short)]
+
+
+@pytest.mark.skipif(not pretrained_path("conformer").is_file(), reason="no pretrained weights here")
+def test_real_utterances_in_one_long_file_give_all_their_texts(librispeech_sample, tmp_path):
+    model = load_model(pretrained_path("conformer"), "cpu")
+    files, seconds = [], 0.0
+    for path in sorted(librispeech_sample.rglob("*.flac")):
+        files.append(path)
+        seconds += soundfile.info(path).duration + 0.3
+        if seconds > 65:
+            break
+    long = with_pauses(tmp_path / "long.wav", [read_mono({"audio_filepath": str(path)}, RATE) for path in files], 0.3)
+    alone = " ".join(row["pred_text"] for row in transcribe.transcribe(model, files))
+    [row] = transcribe.transcribe(model, [long])
+    assert count_errors([alone], [row["pred_text"]])[1].rate < 0.15

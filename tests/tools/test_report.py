@@ -88,6 +88,28 @@ def test_report_holds_table_transcripts_and_what_was_trained(run, capsys):
     assert str(run / "report.md") in capsys.readouterr().out
 
 
+CONFIG = "name: deepspeech2\ncorpus: {name: mini, test: [data/mini/test-known.json, data/mini/test-new-words.json]}\n"
+
+
+@pytest.mark.parametrize("measured, said", [
+    (["/else/data/mini/test-known.json", f"{ROOT}/data/mini/test-new-words.json"], ""),
+    (["/else/data/mini/test-known.json"], "is not of data/mini/test-new-words.json"),
+    (["/data/mini/test-known.json", "/data/mini/test-new-words.json", "/data/mini/dev.json"], "is also of /data/mini/dev.json"),
+])
+def test_an_evaluation_of_other_manifests_is_not_taken_for_the_runs_own(run, capsys, measured, said):
+    (run / "config.yaml").write_text(CONFIG)
+    path = run / "evaluation" / "metrics.json"
+    metrics = json.loads(path.read_text())
+    metrics["manifests"] = [{**metrics["manifests"][0], "manifest": manifest} for manifest in measured]
+    path.write_text(json.dumps(metrics))
+    assert main([str(run)]) == (1 if said else 0)
+    error = capsys.readouterr().err
+    assert said in error and error.count("\n") == bool(said)
+    (run / "offline").mkdir()  # its plan named what to evaluate on
+    (run / "offline" / "plan.json").write_text("{\"commit\": \"308a08974ef6\"}")
+    assert main([str(run)]) == 0
+
+
 def test_curve_keeps_each_column_to_its_own_steps(run):
     columns = read_curve(run / "curve.csv")
     assert columns["loss_per_char"] == [(10, 3.1), (20, 2.5)] and columns["val_wer"] == [(20, 0.8)]

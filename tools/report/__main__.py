@@ -21,6 +21,7 @@ from manifests.schema import ManifestError, read_manifest, write_atomic
 from recipes.threads import usable_cores
 from tools.report.curve import draw, read_curve
 
+ROOT = Path(__file__).resolve().parents[2]
 PAIRS = 3  # transcripts shown of each manifest
 
 
@@ -50,10 +51,7 @@ def error_table(metrics: dict) -> list[str]:
 
 def unit(folder: Path) -> str:
     """What the losses of a run are a share of: `token` where its configuration has a tokenizer, else `character`."""
-    import yaml
-
-    config = yaml.safe_load((folder / "config.yaml").read_text()) if (folder / "config.yaml").is_file() else {}
-    return "token" if config.get("model", {}).get("tokenizer") else "character"
+    return "token" if configuration(folder).get("model", {}).get("tokenizer") else "character"
 
 
 def training(folder: Path) -> list[str]:
@@ -99,6 +97,7 @@ def report(folder: Path) -> Path:
     metrics_path = folder / "evaluation" / "metrics.json"
     if metrics_path.is_file():
         metrics = json.loads(metrics_path.read_text())
+        _own(folder, metrics)
         lines += ["", *error_table(metrics), "", "```", *transcripts(metrics, metrics_path.parent), "```"]
     weights = sorted(path.name for path in folder.glob("[!.]*.nemo"))
     kept = ["config.yaml", "curve.csv", "curve.png", "evaluation", *weights]
@@ -116,14 +115,45 @@ def _there(folder: Path, name: str, what: str, remedy: str) -> None:
         raise ValueError(f"{folder}: {missing} ({remedy})")
 
 
-def evaluated(folder: Path) -> tuple[dict, dict]:
-    """Configuration and metrics of a run. Raises ValueError, with the remedy, where it has not been evaluated."""
+def configuration(folder: Path) -> dict:
+    """What a run's config.yaml holds, nothing where there is none."""
     import yaml
 
+    return yaml.safe_load((folder / "config.yaml").read_text()) if (folder / "config.yaml").is_file() else {}
+
+
+def evaluated(folder: Path) -> tuple[dict, dict]:
+    """Configuration and metrics of a run. Raises ValueError, with the remedy, where it has not been evaluated on its own
+    test manifests."""
     _there(folder, "evaluation/metrics.json", "has not been evaluated", "./run.sh --stage 6")
     _there(folder, "config.yaml", "has no configuration", "train it with recipes/train.py")
-    config = yaml.safe_load((folder / "config.yaml").read_text())
-    return config, json.loads((folder / "evaluation" / "metrics.json").read_text())
+    metrics = json.loads((folder / "evaluation" / "metrics.json").read_text())
+    _own(folder, metrics)
+    return configuration(folder), metrics
+
+
+def _own(folder: Path, metrics: dict) -> None:
+    """Raises ValueError where the metrics are of other manifests than the run's test manifests: `all` would be of them.
+
+    A node of tools.offline_bundle evaluates on what its plan says.
+    """
+    named = (configuration(folder).get("corpus") or {}).get("test") or []
+    tests = [Path(test) for test in ([named] if isinstance(named, str) else named)]
+    measured = [Path(part["manifest"]) for part in metrics["manifests"] if "manifest" in part]
+    if not tests or not measured or elsewhere(folder):
+        return
+
+    def same(manifest: Path, test: Path) -> bool:  # the run may have been moved, or evaluated on another machine
+        return manifest == (ROOT / test).resolve() or manifest.parts[-len(test.parts):] == test.parts
+
+    other = [manifest for manifest in measured if not any(same(manifest, test) for test in tests)]
+    left_out = [test for test in tests if not any(same(manifest, test) for manifest in measured)]
+    if other or left_out:
+        what = f"also of {other[0]}" if other else f"not of {left_out[0]}"
+        raise ValueError(
+            f"{folder}/evaluation/metrics.json is {what}, and the run's test manifests (corpus.test) are "
+            f"{', '.join(map(str, tests))}: evaluate it on these, ./run.sh --stage 6 --force with the run's other options"
+        )
 
 
 def result_name(config: dict, results: Path) -> str:
