@@ -187,7 +187,9 @@ class _RecipeModel:
 
         batch_loss = loss.detach()  # what the records show, also of a batch that is skipped
         finite = torch.isfinite(batch_loss)
-        self._report_infeasible(infeasible[: len(ids)], targets_BS, target_lengths, lengths, ids)
+        self._report_infeasible(infeasible[: len(ids)], target_lengths, lengths, ids)
+        if intermediate:
+            self._report_intermediate(lengths, ids)
         bad, self.end_agreed = self._any_device(~finite, self.end_requested())
         self._bad_step |= bad
         if bad:
@@ -279,7 +281,10 @@ class _RecipeModel:
                 "raise the warm-up, or train in float32; the last checkpoint before it is intact"
             )
 
-    def _report_infeasible(self, infeasible, targets_BS, target_lengths, lengths, ids) -> None:
+    def _report_intermediate(self, lengths, ids) -> None:
+        """Names those that only the intermediate loss leaves out; where it spells as the last layer does there are none."""
+
+    def _report_infeasible(self, infeasible, target_lengths, lengths, ids) -> None:
         """Names each utterance whose target does not fit into the output, once."""
         for row in torch.nonzero(infeasible).flatten().tolist():
             if ids[row] not in self.infeasible_seen:
@@ -372,6 +377,7 @@ class CTCModelBPE(_RecipeModel, EncDecCTCModelBPE):
         if (labels := cfg.get("intermediate_labels")) and self.is_interctc_enabled():
             self.character_decoder = ConvASRDecoder(self.decoder._feat_in, len(labels), vocabulary=list(labels))
             self.character_loss = CTCLoss(len(labels), self.loss.reduction)
+            self.characters_infeasible_seen: set[str] = set()
             self.setup_interctc(decoder_name="character_decoder", loss_name="character_loss", wer_name="wer")
 
     def add_interctc_losses(self, loss_value, transcript, transcript_len, compute_wer, **options):
@@ -379,7 +385,20 @@ class CTCModelBPE(_RecipeModel, EncDecCTCModelBPE):
         if self.character_decoder is not None and self.is_interctc_enabled():
             labels = self.character_decoder.vocabulary
             transcript, transcript_len = characters_of(transcript, transcript_len, self.tokenizer, labels)
+            self._characters = transcript_len
         return super().add_interctc_losses(loss_value, transcript, transcript_len, compute_wer, **options)
+
+    def _report_intermediate(self, lengths, ids) -> None:
+        if self.character_decoder is None:
+            return
+        for row in torch.nonzero(self.character_loss.infeasible[: len(ids)]).flatten().tolist():
+            if ids[row] not in self.characters_infeasible_seen:
+                self.characters_infeasible_seen.add(ids[row])
+                log.warning(
+                    f"utterance {ids[row]}: {int(self._characters[row])} characters (and blanks between repeats) do not fit "
+                    f"into {int(lengths[row])} output frames; it is left out of the intermediate loss, not of the last "
+                    f"layer's. {len(self.characters_infeasible_seen)} such utterances so far"
+                )
 
     def text_encoder(self):
         return self.tokenizer.text_to_ids
