@@ -1,6 +1,6 @@
 """Augmentation of waveforms: synthetic rooms and noise, nothing to download.
 
-Shapes: B batch, T samples, K bins of a Fourier transform.
+Shapes: B batch, R rows of it that are changed, T samples, K bins of a Fourier transform.
 """
 
 from __future__ import annotations
@@ -58,12 +58,19 @@ class NoiseAndRooms(nn.Module):
         """Waveforms (B, T) with lengths (B) in samples to the same; padding stays zero, noise adds to the loudness."""
         changes = ((self.room_probability, self._in_rooms), (self.noise_probability, self._with_noise))
         for probability, change in changes:
-            if probability and audio_BT.shape[1]:
-                chosen_B = torch.rand(len(audio_BT), device=audio_BT.device) < probability
-                audio_BT = torch.where(chosen_B[:, None], change(audio_BT, lengths_B), audio_BT)
+            if not probability or not audio_BT.shape[1]:
+                continue
+            chosen_B = torch.rand(len(audio_BT), device=audio_BT.device) < probability
+            if audio_BT.is_cuda:  # which rows these are it would have to be waited for: all are changed
+                changed_BT = change(audio_BT, lengths_B, torch.arange(len(audio_BT), device=audio_BT.device))
+                audio_BT = torch.where(chosen_B[:, None], changed_BT, audio_BT)
+            elif len(rows_R := chosen_B.nonzero().flatten()):
+                audio_BT = audio_BT.index_copy(0, rows_R, change(audio_BT, lengths_B, rows_R))
         return audio_BT
 
-    def _in_rooms(self, audio_BT: Tensor, lengths_B: Tensor) -> Tensor:
+    def _in_rooms(self, audio_BT: Tensor, lengths_B: Tensor, rows_R: Tensor) -> Tensor:
+        """These rows (R, T) as if spoken in rooms."""
+        audio_BT, lengths_B = audio_BT[rows_R], lengths_B[rows_R]
         items, samples = audio_BT.shape
         taps = int(self.reverberation_seconds[1] * self.sample_rate)
         decay_B1 = -math.log(1000.0) / (self._draw(items, self.reverberation_seconds, audio_BT) * self.sample_rate)
@@ -73,18 +80,21 @@ class NoiseAndRooms(nn.Module):
         below_B1 = 10 ** (-self._draw(items, (0.0, 12.0), audio_BT) / 20)
         tail_BT *= below_B1 / tail_BT.norm(dim=1, keepdim=True)
         response_BT = torch.cat((torch.ones_like(below_B1), tail_BT), dim=1)
-        points = samples + taps  # enough for the echo's end, which is cut off, not to come round to the beginning
+        points = _quick(samples + taps)  # enough for the echo's end, which is cut off, not to come round to the beginning
         echo_BT = torch.fft.irfft(
             torch.fft.rfft(audio_BT.float(), points) * torch.fft.rfft(response_BT, points), points
         )[:, :samples]
         echo_BT = echo_BT * valid_mask(lengths_B, samples)
         return (echo_BT * (_level(audio_BT, lengths_B) / _level(echo_BT, lengths_B))).to(audio_BT.dtype)
 
-    def _with_noise(self, audio_BT: Tensor, lengths_B: Tensor) -> Tensor:
+    def _with_noise(self, audio_BT: Tensor, lengths_B: Tensor, rows_R: Tensor) -> Tensor:
+        """These rows (R, T) with noise; babble is of the neighbours in the whole batch."""
+        batch_BT, audio_BT, lengths_B = audio_BT, audio_BT[rows_R], lengths_B[rows_R]
         items, samples = audio_BT.shape
         noise_BT = self._coloured(items, samples, audio_BT)
-        if items > TALKERS:
-            babble_BT = sum(audio_BT.roll(shift, 0) for shift in range(1, TALKERS + 1)).float()
+        if len(batch_BT) > TALKERS:
+            neighbours = (batch_BT[(rows_R - shift) % len(batch_BT)] for shift in range(1, TALKERS + 1))
+            babble_BT = sum(neighbours).float()
             noise_BT = torch.where(torch.rand(items, 1, device=audio_BT.device) < 0.5, babble_BT, noise_BT)
         noise_BT = noise_BT * valid_mask(lengths_B, samples)
         gain_B1 = 10 ** (-self._draw(items, self.snr_db, audio_BT) / 20)
@@ -93,14 +103,20 @@ class NoiseAndRooms(nn.Module):
 
     def _coloured(self, items: int, samples: int, like: Tensor) -> Tensor:
         """(B, T) noise whose power falls as 1/f^a, flat below 50 Hz."""
-        spectrum_BK = torch.fft.rfft(torch.randn(items, samples, device=like.device))
+        points = _quick(samples)
+        spectrum_BK = torch.fft.rfft(torch.randn(items, points, device=like.device))
         hertz_K = torch.linspace(0, self.sample_rate / 2, spectrum_BK.shape[1], device=like.device).clamp(min=50.0)
-        return torch.fft.irfft(spectrum_BK * hertz_K ** (-self._draw(items, (0.0, 2.0), like) / 2), samples)
+        return torch.fft.irfft(spectrum_BK * hertz_K ** (-self._draw(items, (0.0, 2.0), like) / 2), points)[:, :samples]
 
     @staticmethod
     def _draw(items: int, ends: tuple[float, float], like: Tensor) -> Tensor:
         """(B, 1) uniform between the ends."""
         return ends[0] + (ends[1] - ends[0]) * torch.rand(items, 1, device=like.device)
+
+
+def _quick(points: int) -> int:
+    """At least so many points of a Fourier transform that has no large prime in it, and that comes again in other batches."""
+    return -(-points // 8192) * 8192
 
 
 def _level(audio_BT: Tensor, lengths_B: Tensor) -> Tensor:
