@@ -170,7 +170,7 @@ if [ -n "$data" ]; then tree=$data; elif [ "$corpus" = mini ]; then tree=data/mi
 tests=$($python -m manifests.corpus tests "$corpus")
 tests_made=${tests//[\[\]]/} tests_made=${tests_made//,/$'\n'}
 for override in ${overrides[@]+"${overrides[@]}"}; do  # as the run's own configuration names them, which the report asks
-  [[ "$override" != corpus.test=* ]] || tests=${override#*=}
+  [[ ! "$override" =~ ^\+{0,2}corpus\.test=(.*)$ ]] || tests=${BASH_REMATCH[1]}
 done
 tests_read=${tests//[\[\]\"\']/} tests_read=${tests_read//, /,} tests_read=${tests_read//,/$'\n'}
 recipe=$(lines conf/base.yaml "conf/${model%_bpe}.yaml" "conf/$model.yaml" "conf/corpus/$corpus.yaml" conf/size/*.yaml \

@@ -52,8 +52,8 @@ def say_ready(mark: Path) -> None:
 
 def wait_until_ready(mark: Path) -> None:
     """Waits for the first process of this start. Raises ConfigError where it does not come."""
-    start, until = this_start(), time.monotonic() + FIRST_PATIENCE
-    while start and not _says(mark, start):
+    start, begun, until = this_start(), time.time(), time.monotonic() + FIRST_PATIENCE
+    while start and not _says(mark, start, begun - FIRST_PATIENCE):
         if time.monotonic() > until:
             raise ConfigError(
                 f"{mark}: the first process of this training has not written it within {FIRST_PATIENCE:.0f} s: it has "
@@ -62,9 +62,10 @@ def wait_until_ready(mark: Path) -> None:
         time.sleep(0.2)
 
 
-def _says(mark: Path, text: str) -> bool:
+def _says(mark: Path, text: str, since: float) -> bool:
+    """Whether the mark says so, and was written since: torchrun names its starts alike where it is told an address."""
     try:
-        return mark.read_text() == text
+        return mark.stat().st_mtime >= since and mark.read_text() == text
     except OSError:  # not there yet, or just replaced
         return False
 

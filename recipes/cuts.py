@@ -9,7 +9,7 @@ BEHIND = 0.1  # seconds
 
 
 class ManifestCuts(LazyNeMoIterator):
-    """The rows of a manifest as cuts: each with the audio that the row names, and with an id that no other has.
+    """The rows of a manifest as cuts: each with the audio that the row names, and with an id that no other audio has.
 
     For a row with `sampling_rate` NeMo takes `duration`, that of the segment, for the whole file's, so that lhotse cuts
     a segment with an `offset` off at its own length: it loses its first `offset` seconds with all of its text left, or
@@ -23,7 +23,7 @@ class ManifestCuts(LazyNeMoIterator):
         else:
             # Of what it takes for a whole recording lhotse reads the file to its end: this one goes on a little.
             whole = self._create_recording(audio_path, offset + duration + BEHIND, sampling_rate).to_cut()
-            cut = whole.truncate(offset=offset, duration=duration)
+            cut = whole.truncate(offset=offset, duration=duration, preserve_id=True)
         cut.id = str(audio_path) if offset is None else f"{audio_path}@{offset}+{duration}"
         return cut
 

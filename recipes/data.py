@@ -247,8 +247,10 @@ class ResumableLoader:
 
 
 def _outlive_sigterm(worker: int) -> None:
-    """A cluster sends SIGTERM to every process: the training process must not lose its workers before it has saved."""
-    signal.signal(signal.SIGTERM, signal.SIG_IGN)
+    """A cluster sends SIGTERM to every process, a terminal SIGINT: the training process must not lose its workers before
+    it has saved."""
+    for number in (signal.SIGTERM, signal.SIGINT):
+        signal.signal(number, signal.SIG_IGN)
 
 
 class _Rest(IterableDataset):

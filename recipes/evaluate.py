@@ -9,6 +9,7 @@ reference/hypothesis pairs. A manifest without `text` gets predictions only.
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
 import sys
@@ -126,7 +127,9 @@ def default_output(model: Path, names: list[str]) -> Path:
     What is right in evaluation/ is run.sh's, of all the run's test sets. Beside pretrained weights lie the repository's
     own files: their evaluations go to exp/.
     """
-    sets = "+".join(names)[:60]  # a file name has its limits
+    sets = "+".join(names)
+    if len(sets) > 100:  # a file name has its limits
+        sets = f"{sets[:80]}-{hashlib.sha256(sets.encode()).hexdigest()[:8]}"
     if model.resolve() in [pretrained_path(name).resolve() for name in FOLDERS]:
         return ROOT / "exp" / f"{model.stem}_pretrained" / "evaluation" / sets
     return model.parent / "evaluation" / sets

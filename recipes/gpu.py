@@ -108,10 +108,13 @@ def without_kernels(index: int) -> str:
     if has_kernels(capability, built_for):
         return ""
     version = torch.__version__.partition("+")[0]
+    remedy = "it needs a build for a newer CUDA" if capability >= (7, 5) else (
+        "GPUs before sm_75 need a build for CUDA 12.6, `.venv/bin/python -m pip install "
+        f"torch=={version}+cu126 --index-url https://download.pytorch.org/whl/cu126`"
+    )
     return (
         f"has no kernels for sm_{capability[0]}{capability[1]} ({torch.cuda.get_device_name(index)}), only for "
-        f"{' '.join(built_for)}: GPUs before sm_75 need a build for CUDA 12.6, `.venv/bin/python -m pip install "
-        f"torch=={version}+cu126 --index-url https://download.pytorch.org/whl/cu126`"
+        f"{' '.join(built_for)}: {remedy}"
     )
 
 

@@ -84,11 +84,14 @@ def _guarded_fit(cfg) -> int:
     except RuntimeError as error:
         if os.environ.get(FULL_ERROR) == "1" or not out_of_memory(error):
             raise
-        seconds, batches = cfg.model.train_ds.batch_duration, cfg.trainer.accumulate_grad_batches
+        from omegaconf import OmegaConf
+
+        seconds = OmegaConf.select(cfg, "model.train_ds.batch_duration", throw_on_missing=False)
+        batches = cfg.trainer.accumulate_grad_batches
         print(
-            f"train.py: out of memory with up to {seconds:.0f} s of audio on a device at once: "
-            f"trainer.accumulate_grad_batches={2 * batches} (now {batches}) halves that and leaves the global batch as it is "
-            f"({FULL_ERROR}=1 shows where)", file=sys.stderr,
+            "train.py: out of memory" + (f" with up to {seconds:.0f} s of audio on a device at once" if seconds else "")
+            + f": trainer.accumulate_grad_batches={2 * batches} (now {batches}) halves a batch and leaves the global one as it "
+            f"is; in validation it is model.validation_ds.batch_seconds ({FULL_ERROR}=1 shows where)", file=sys.stderr,
         )
         return EXIT_CONFIG
     return 0
@@ -311,13 +314,18 @@ def bound_cache(cfg, seconds: float) -> str:
 
 
 def free_memory() -> float:
-    """Bytes of the machine's memory that are free or can be made so at once; without a limit where nothing says it."""
-    try:
-        lines = Path("/proc/meminfo").read_text().splitlines()
-    except OSError:
-        return math.inf
-    found = dict(line.split(":", 1) for line in lines if ":" in line)
-    return float(found["MemAvailable"].split()[0]) * 1024 if "MemAvailable" in found else math.inf
+    """Bytes of memory that are free or can be made so at once, the machine's or the container's or job's (cgroup v2);
+    without a limit where nothing says it."""
+    def number(path: str, name: str = "") -> float:
+        try:
+            words = Path(path).read_text().partition(name)[2].split()
+            return float(words[0])
+        except (OSError, ValueError, IndexError):  # not there, or "max"
+            return math.inf
+
+    limit, used = number("/sys/fs/cgroup/memory.max"), number("/sys/fs/cgroup/memory.current")
+    machine = 1024 * number("/proc/meminfo", "MemAvailable:")
+    return min(machine, limit - used) if math.isfinite(limit) and math.isfinite(used) else machine
 
 
 def look_at_data(train, labels) -> tuple[float, str]:

@@ -193,8 +193,10 @@ def test_relative_folders_are_those_of_the_caller(stages):
 @pytest.mark.parametrize("signum", [signal.SIGTERM, signal.SIGINT])
 @pytest.mark.parametrize("slow, begun, ended", [("SLOW", "training", "saved"), ("SLOW_CHECK", "checking", "ended")])
 def test_a_signal_reaches_what_runs_which_ends_in_its_own_way_and_is_waited_for(stages, slow, begun, ended, signum):
+    # As from a terminal: what a shell starts in the background ignores SIGINT, and so would all that it starts.
     process = subprocess.Popen(["./run.sh", "--gpus", "0"], cwd=stages, env={**os.environ, slow: "1"},
-                               stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+                               stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
+                               preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL))
     calls = stages / "calls.log"
     deadline = time.monotonic() + 60
     while not (calls.is_file() and begun in calls.read_text().splitlines()) and time.monotonic() < deadline:

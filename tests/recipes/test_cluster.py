@@ -48,7 +48,7 @@ def test_what_slurm_says_of_one_task_is_no_rank_of_ours(environment, nodes, devi
     (TORCHRUN, {**TORCHRUN, "MASTER_PORT": "1235"}, False),
 ])
 def test_other_processes_wait_for_the_first_of_their_own_start(environment, monkeypatch, tmp_path, first, other, same):
-    monkeypatch.setattr(cluster, "FIRST_PATIENCE", 0.0)
+    monkeypatch.setattr(cluster, "FIRST_PATIENCE", 0.5)
     environment(**other)
     with pytest.raises(ConfigError, match="the first process"):
         cluster.wait_until_ready(tmp_path / "settled")
@@ -57,6 +57,9 @@ def test_other_processes_wait_for_the_first_of_their_own_start(environment, monk
     environment(**other)
     if same:
         cluster.wait_until_ready(tmp_path / "settled")
+        os.utime(tmp_path / "settled", (0, 0))  # an earlier start: torchrun gives it the same names at a given address
+        with pytest.raises(ConfigError, match="settled: the first process"):
+            cluster.wait_until_ready(tmp_path / "settled")
     else:
         with pytest.raises(ConfigError, match="settled: the first process"):
             cluster.wait_until_ready(tmp_path / "settled")
