@@ -20,7 +20,7 @@ import re
 import statistics
 import sys
 from collections import Counter
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any
 
 from manifests.audio import AudioError, read_header
@@ -54,29 +54,32 @@ def role_by_name(path: PathLike) -> str:
 def validate(
     paths: Iterable[PathLike] = (),
     labels: Iterable[str] | None = LABELS,
-    audio: bool = False,
+    audio: bool | Callable[[str], bool] = False,
     *,
     train: Iterable[PathLike] = (),
     test: Iterable[PathLike] = (),
     sampling_rate: int = 16000,
     frames_per_second: float = 25.0,
     progress: bool = False,
+    scan: Callable[..., Iterator[Line]] = scan_manifest,
 ) -> Report:
     """Check manifests, one by one and against each other.
 
     Args:
         paths: manifests whose role their names tell (role_by_name), or none: what two such share is a warning.
         labels: characters the model can write; None (BPE) skips that check.
-        audio: open every audio file's header.
+        audio: open every audio file's header; or a function of the manifest's path, asked at each line whether its
+            audio is looked at.
         train, test: manifests by role; audio or ids that both hold are errors.
         sampling_rate: the recipe's, in Hz.
         frames_per_second: output frames of the model, 25 for a subsampling of 4 at 10 ms; 0 skips that check.
         progress: show a bar on a terminal.
+        scan: reads the lines of a manifest, as scan_manifest does.
 
     Returns:
         Report: figures and findings. Bad manifests are findings too: nothing is raised for what stands in the files.
     """
-    checker = _Checker(labels, audio, sampling_rate, frames_per_second, progress)
+    checker = _Checker(labels, audio, sampling_rate, frames_per_second, progress, scan)
     roles: dict[str, str] = {}
     for role, group in (("", paths), ("train", train), ("test", test)):
         for path in group:
@@ -96,10 +99,12 @@ class _Checker:
     """Collects one Report over some files."""
 
     def __init__(
-        self, labels: Iterable[str] | None, audio: bool, sampling_rate: int, frames_per_second: float, progress: bool
+        self, labels: Iterable[str] | None, audio: bool | Callable[[str], bool], sampling_rate: int,
+        frames_per_second: float, progress: bool, scan: Callable[..., Iterator[Line]],
     ):
         self.labels = None if labels is None else frozenset(labels)
         self.audio = audio
+        self.scan = scan
         self.sampling_rate = sampling_rate
         self.frames_per_second = frames_per_second
         self.progress = progress
@@ -120,7 +125,7 @@ class _Checker:
         for kind in self.seen.values():
             kind[path] = {}
         try:
-            lines = scan_manifest(path, on_blank=self._blank)
+            lines = self.scan(path, on_blank=self._blank)
             if self.audio and self.progress:
                 from tqdm import tqdm
 
@@ -224,6 +229,8 @@ class _Checker:
             path = os.path.normpath(path)
         # Parts of one recording are different utterances.
         self._check_twice("audio", number, (path, row.get("offset") or 0), show(row["audio_filepath"], 200))
+        if callable(self.audio) and not self.audio(self.path):
+            return
         shard = is_sharded(row)
         try:
             exists = os.path.isfile(os.path.dirname(path) if shard else path)

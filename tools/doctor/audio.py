@@ -18,7 +18,7 @@ import soundfile
 
 from manifests.shards_format import ShardError, is_sharded, read_shard
 from tools.doctor.finding import Finding, Plot
-from tools.doctor.loading import makes_mono
+from tools.doctor.loading import SECTIONS, makes_mono
 from tools.doctor.registry import NotExamined, check
 from tools.doctor.subject import Subject
 
@@ -28,6 +28,7 @@ SILENT, QUIET, LOUD = 3e-4, 3e-3, 1.05  # peak amplitudes, full scale is 1
 CLIPPED = 1e-3  # share of samples that lie on a flat top
 MANY = 0.2
 WHITE, ALIKE, HISSES, SHORTEST = 0.42, 3.0, 0.08, 0.4  # of white, dB of spread, of white, seconds; measured in noise.py
+READ = 2**31  # bytes, at most, that are read to compare files
 INTEGERS = 8.0  # a peak that no codec, resampler or gain explains: samples that were never divided
 OFF = 0.05  # seconds between a row's duration and its audio's, as the validator takes it for single files
 FAR, FAR_SHARE, ROUNDED = 0.5, 0.1, 0.1  # seconds, share of the audio, seconds: see far_off
@@ -42,14 +43,15 @@ def sampled_audio(subject: Subject) -> list[dict]:
     """Figures of the utterances drawn: role, row, at, file, peak, rms, mean, flat, spread, high, white; made once.
 
     flat: share of samples in runs of 3 or more at the largest amplitude; spread: dB between loud and quiet frames;
-    high: share of energy above 55 % of the highest frequency; white: see whiteness; finite; seconds.
+    high: share of energy above 55 % of the highest frequency that the model hears, up to that; white: see whiteness;
+    finite; seconds; rate: the file's, or the model's where that is lower.
     Raises NotExamined where none can be read.
     """
     if not hasattr(subject, "_audio_figures"):
         figures = []
         for role in SAMPLED:
             for row in drawn_rows(subject, role):
-                found = measure(row)
+                found = measure(row, subject.sample_rate)
                 if found is not None:
                     figures.append({"role": role, "row": row, "at": row["_at"], "file": row["audio_filepath"], **found})
         subject._audio_figures = figures
@@ -71,7 +73,7 @@ def drawn_rows(subject: Subject, role: str) -> list[dict]:
 
 def in_foreign_tar(row: dict) -> bool:
     """Whether a row's audio is in a tar at a place that nothing says: NeMo's own shards."""
-    return "shard_id" in row and not is_sharded(row)
+    return ("shard_id" in row or "_tarred" in row) and not is_sharded(row)
 
 
 def opened(row: dict) -> soundfile.SoundFile:
@@ -81,25 +83,48 @@ def opened(row: dict) -> soundfile.SoundFile:
 
 
 def read(row: dict) -> tuple[np.ndarray, int] | None:
-    """(samples of up to LONGEST s, rate) of one utterance, mono; None where it cannot be read."""
+    """(samples of up to LONGEST s, rate) of one utterance, of the channel that its loader takes; None where it cannot
+    be read."""
     try:
         with opened(row) as file:
             rate = file.samplerate
             file.seek(round(row.get("offset", 0) * rate))
-            x = file.read(round(min(row["duration"], LONGEST) * rate), dtype="float32", always_2d=True).mean(axis=1)
-            return x, rate
+            x = file.read(round(min(row["duration"], LONGEST) * rate), dtype="float32", always_2d=True)
+            return _of_channel(x, row.get("_channel")), rate
     except (RuntimeError, OSError, ValueError):
         return None
 
 
-def measure(row: dict) -> dict | None:
+def read_at(row: dict, rate: int) -> np.ndarray:
+    """A row's samples at a rate; of several channels those that its loader takes. Raises where they cannot be read."""
+    if "_channel" not in row:
+        from recipes.data import read_audio
+
+        return read_audio(row, rate)
+    import soxr
+
+    if (found := read(row)) is None or not len(found[0]):
+        raise ValueError(f"{row['audio_filepath']}: no audio can be read")
+    samples, own = found
+    return samples if own == rate else soxr.resample(samples, own, rate)
+
+
+def _of_channel(x: np.ndarray, chosen) -> np.ndarray:
+    """One channel of samples (time, channels): the one chosen by its number, else the mean of all."""
+    if isinstance(chosen, list) and len(chosen) == 1:
+        chosen = chosen[0]
+    one = isinstance(chosen, int) and not isinstance(chosen, bool) and 0 <= chosen < x.shape[1]
+    return x[:, chosen] if one else x.mean(axis=1)
+
+
+def measure(row: dict, heard: int | None = None) -> dict | None:
     """Figures of one utterance's samples (see sampled_audio); None where it cannot be read."""
     found = read(row)
-    return None if found is None else measured(*found)
+    return None if found is None else measured(*found, heard)
 
 
-def measured(x: np.ndarray, rate: int) -> dict | None:
-    """Figures of samples; None for fewer than a frame."""
+def measured(x: np.ndarray, rate: int, heard: int | None = None) -> dict | None:
+    """Figures of samples; None for fewer than a frame. heard: the model's rate, where it may be lower."""
     if len(x) < 400:
         return None
     finite = bool(np.isfinite(x).all())
@@ -114,12 +139,14 @@ def measured(x: np.ndarray, rate: int) -> dict | None:
     level = 10 * np.log10(frames.var(axis=1) + 1e-20)  # a constant offset is no sound
     spectrum = np.abs(np.fft.rfft(frames * np.hanning(400), axis=1)) ** 2
     total = float(spectrum[:, 2:].sum())
+    top = 200 * min(heard or rate, rate) / rate  # of the 200 frequencies those that are left at the model's rate
     return {
         "peak": peak, "rms": float(np.sqrt((x**2).mean())), "mean": float(x.mean()), "finite": finite,
         "seconds": len(x) / rate,
         "flat": float(runs[runs >= 3].sum() / len(x)),
         "spread": float(np.percentile(level, 95) - np.percentile(level, 10)),
-        "high": float(spectrum[:, int(0.55 * 200):].sum() / total) if total > 0 else 0.0, "rate": rate,
+        "high": float(spectrum[:, int(0.55 * top): int(top) + 1].sum() / total) if total > 0 else 0.0,
+        "rate": min(heard or rate, rate),
         "white": whiteness(spectrum[level >= max(np.percentile(level, 70), level.max() - 25)]),
     }
 
@@ -130,21 +157,25 @@ def whiteness(spectrum: np.ndarray) -> float:
     return float(np.median(np.exp(np.log(power).mean(axis=1)) / power.mean(axis=1)))
 
 
-def same_audio(rows: list[dict], others: list[dict] | None = None) -> list[tuple[dict, dict]]:
-    """Pairs of rows under different paths whose files hold the same bytes: within `rows`, or of `rows` and `others`.
+def same_audio(rows: list[dict], others: list[dict] | None = None, most: int = READ
+               ) -> tuple[list[tuple[dict, dict]], int]:
+    """(pairs of rows under different paths whose files hold the same bytes: within `rows`, or of `rows` and `others`;
+    how many pairs were left uncompared, once `most` bytes had been read).
 
     Files are read only where text, duration and size agree.
     """
     groups: dict[tuple, list[dict]] = defaultdict(list)
     for row in rows:
         groups[row["text"], round(row["duration"], 2)].append(row)
-    pairs, digests = [], {}
+    pairs, digests = [], _Digests()
     if others is None:
         candidates = [(members[0], member) for members in groups.values() for member in members[1:]]
     else:
         candidates = [(first, other) for other in others
                       for first in groups.get((other["text"], round(other["duration"], 2)), ())[:3]]
-    for first, second in candidates:
+    for at, (first, second) in enumerate(candidates):
+        if digests.read > most:
+            return pairs, len(candidates) - at
         paths = first["audio_filepath"], second["audio_filepath"]
         if paths[0] == paths[1] or first.get("offset") or second.get("offset"):
             continue
@@ -153,11 +184,26 @@ def same_audio(rows: list[dict], others: list[dict] | None = None) -> list[tuple
                 pairs.append((first, second))
         except (OSError, ShardError):
             continue  # missing audio is told elsewhere
-    return pairs
+    return pairs, 0
 
 
-def _same_bytes(first: dict, second: dict, digests: dict[str, bytes]) -> bool:
-    """Whether two rows' files hold the same; what was read is kept in `digests`, links are not read."""
+class _Digests(dict):
+    """"file:line" of a row -> digest of its file; `read`: bytes of all that were."""
+
+    read = 0
+
+    def of(self, row: dict) -> bytes:
+        if is_sharded(row):
+            content = read_shard(row["audio_filepath"], row)
+        else:
+            with open(row["audio_filepath"], "rb") as file:
+                content = file.read()
+        self.read += len(content)
+        return hashlib.sha1(content).digest()
+
+
+def _same_bytes(first: dict, second: dict, digests: _Digests) -> bool:
+    """Whether two rows' files hold the same; what was read of the first is kept in `digests`, links are not read."""
     if not is_sharded(first) and not is_sharded(second):
         one, two = (os.stat(row["audio_filepath"]) for row in (first, second))
         if os.path.samestat(one, two):
@@ -169,15 +215,8 @@ def _same_bytes(first: dict, second: dict, digests: dict[str, bytes]) -> bool:
     if sizes[0] != sizes[1]:
         return False
     if first["_at"] not in digests:
-        digests[first["_at"]] = _digest(first)
-    return digests[first["_at"]] == _digest(second)
-
-
-def _digest(row: dict) -> bytes:
-    if is_sharded(row):
-        return hashlib.sha1(read_shard(row["audio_filepath"], row)).digest()
-    with open(row["audio_filepath"], "rb") as file:
-        return hashlib.sha1(file.read()).digest()
+        digests[first["_at"]] = digests.of(first)
+    return digests[first["_at"]] == digests.of(second)
 
 
 def by_role(figures: list[dict], test) -> dict[str, list[dict]]:
@@ -237,13 +276,26 @@ def _histogram(figures, role, key) -> Plot:
 def silence(subject):
     """Audio holds sound."""
     figures = sampled_audio(subject)
-    yield from findings_of(
-        subject, by_role(figures, _is_silent), figures, "data-silence", "hold no sound",
-        "The files were written empty, or the wrong channel or part was cut out; the model is taught that silence "
-        "means "
-        "words.",
-        ["listen to the files named; write them again from the originals, or drop them"],
-    )
+    for role, hit in by_role(figures, _is_silent).items():
+        for finding in findings_of(
+            subject, {role: hit}, figures, "data-silence", "hold no sound",
+            "The files were written empty, or the wrong channel or part was cut out; the model is taught that silence "
+            "means words.",
+            ["listen to the files named; write them again from the originals, or drop them"],
+        ):
+            _tell_channel(subject, finding, role, [figure["row"] for figure in hit[:5]])
+            yield finding
+
+
+def _tell_channel(subject, finding: Finding, role: str, rows: list[dict]) -> None:
+    """Adds to a finding of silence that it is that of the channel which is selected, where another one holds sound."""
+    chosen = rows[0].get("_channel")
+    if chosen is None or any(_is_silent(measure({**row, "_channel": None})) for row in rows):
+        return
+    key = subject.settings.key(f"model.{SECTIONS[role]}.channel_selector")
+    finding.symptom += f" It is channel {chosen} of them, which {key} selects; another one holds sound."
+    finding.evidence["channel"] = chosen
+    finding.fix = [f"{key}=the number, from 0, of the channel that has the speech"]
 
 
 @check("audio", faults=("data-clipped",), needs=("manifests",))

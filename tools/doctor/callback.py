@@ -23,19 +23,20 @@ from tools.doctor import devices, listen, saved, utterances
 from tools.doctor.alone import alone, possible
 from tools.doctor.autopsy import RandomState, broken_parameters, examine_batch, first_bad, loss_scale
 from tools.doctor.causes import name_causes
+from tools.doctor.drawn import first_of
 from tools.doctor.finding import Finding, Report
 from tools.doctor.followed import Followed
 from tools.doctor.frames import Frames, Gradients, Movement
 from tools.doctor.guard import guarded
 from tools.doctor.live import (
-    follow_rate, is_scalar, keep_gradients, not_contradicted, optimizer_findings, planned_steps, probe_model, run_folder,
-    save, schedule_findings, settings_of, trial_of,
+    follow_rate, keep_gradients, names_of, not_contradicted, optimizer_findings, planned_steps, probe_model, run_folder, save,
+    schedule_findings, settings_of, trial_of, validated,
 )
-from tools.doctor.logs import ended_by
+from tools.doctor.logs import ended_by, never_began
 from tools.doctor.metrics import Tally
 from tools.doctor.monitors import monitors_of
 from tools.doctor.nonfinite import SCALER_PATIENCE
-from tools.doctor.pace import Pace
+from tools.doctor.pace import Pace, Waits
 from tools.doctor.recount import Recount
 from tools.doctor.resumed import other_labels, schedule_over
 from tools.doctor.run import diagnose
@@ -82,10 +83,9 @@ class Doctor(Callback):
         self.not_examined: list[str] = []
         self.pace = Pace(self.every_n_steps, self.budget)
         self._told: set[str] = set()
-        self._batch_ended = None
         self._bad_in_a_row = 0
         self._recent: deque = deque(maxlen=1000)
-        self._waits: list[float] = []
+        self._waits = Waits()
         self._recount = Recount()
         self._model = None
         self._last_norm = self._norm_before = math.nan
@@ -124,7 +124,7 @@ class Doctor(Callback):
         trace.optimizer = type(trainer.optimizers[0]).__name__ if trainer.optimizers else ""
         trace.settings = settings_of(pl_module)
         found, trace.warmup = schedule_findings(trainer, trace)
-        self.fixed += [*found, *schedule_over(trainer, trace), *trial_of(trainer), *monitors_of(trainer),
+        self.fixed += [*found, *schedule_over(trainer, trace), *trial_of(trainer, trace.settings), *monitors_of(trainer),
                        *self._starts.begin(trainer, pl_module)]
         self.examined = ["run: optimizer and schedule of the live trainer"]
         self._frames = Frames(utterances.labels_of(pl_module))
@@ -137,8 +137,7 @@ class Doctor(Callback):
     @guarded
     def on_train_batch_start(self, trainer, pl_module, batch, batch_idx):
         with self.pace.counted() as begin:
-            self._wait = None if self._batch_ended is None else begin - self._batch_ended
-            self._started = begin
+            self._waits.begins(begin)
             self._batch = (batch, batch_idx)
             self._step_taken = False
             self._listener.active = True
@@ -153,6 +152,7 @@ class Doctor(Callback):
     def _first_step(self, trainer, model) -> None:
         """Looks at the parameters when the first step is to be taken: hooks of the model may have replaced some."""
         self.fixed += optimizer_findings(trainer, model)
+        self.trace.first_batch = first_of(trainer, self._batch[0])
         self._movement = Movement(model)
         self._parameters = [(name, p) for name, p in model.named_parameters() if p.requires_grad]
         self._gradients = Gradients(self._parameters)
@@ -205,12 +205,8 @@ class Doctor(Callback):
                 self._look(trainer)
             if self._step_taken and trainer.optimizers:
                 self.trace.add("lr", trainer.global_step, float(trainer.optimizers[0].param_groups[0]["lr"]))
-            if self._wait is not None:
-                self._waits.append(self._wait / max(self._wait + begin - self._started, 1e-9))
             step = trainer.global_step
-            if self._waits and (len(self._waits) >= 50 or self._looks and len(self._waits) >= self.pace.stride):
-                self.trace.add("wait", step, sorted(self._waits)[len(self._waits) // 2])
-                self._waits = []
+            self._waits.ends(begin, self.trace, step, self.pace.stride if self._looks else None)
             self._followed.batch_ends(trainer, self._batch[1], asked=self._gradients is not None,
                                       backward=self._loss is not None)
             self._take_found(trainer)
@@ -222,7 +218,7 @@ class Doctor(Callback):
                 self._announce(trainer)
             if trainer.is_global_zero and time.perf_counter() - self._saved > SAVE_EVERY:
                 self._save(trainer, self.report())
-        self._batch_ended = time.perf_counter()
+        self._waits.rests(True)
 
     @guarded
     def on_train_epoch_end(self, trainer, pl_module):
@@ -258,6 +254,11 @@ class Doctor(Callback):
         # Whoever ends it by hand or by a signal waits, and kills it after half a minute.
         self._finish(trainer, alone=True, probes=not isinstance(exception, (KeyboardInterrupt, SystemExit)))
 
+    @guarded
+    def on_fit_end(self, trainer, pl_module):
+        if self._model is None:  # the loop was over before its first batch
+            self._final = never_began(trainer, self.folder or run_folder(trainer))
+
     def teardown(self, trainer, pl_module, stage):
         self._listener.close()
 
@@ -265,7 +266,7 @@ class Doctor(Callback):
 
     @guarded
     def on_validation_epoch_start(self, trainer, pl_module):
-        self._batch_ended = None  # the time of a validation is no waiting for data
+        self._waits.rests(False)  # the time of a validation is no waiting for data
         if self.pace.begun is not None and not trainer.sanity_checking:
             self._recount.open(trainer, pl_module, self.fixed, self.examined)
 
@@ -286,16 +287,12 @@ class Doctor(Callback):
         if self.pace.begun is None or trainer.sanity_checking:
             return
         with self.pace.counted():
-            step = trainer.global_step
-            metrics = {key: float(value) for key, value in trainer.callback_metrics.items() if is_scalar(value)}
-            for key in ("val_loss", "val_wer", "val_cer", "val_blank_rate"):
-                if key in metrics:
-                    self.trace.add(key, step, metrics[key])
+            metrics = validated(trainer, self.trace)
             if (judged := self._recount.close(metrics)) is not None:
                 self.examined.append(Tally.title)
                 self.fixed += judged
             self._announce(trainer)
-        self._batch_ended = None
+        self._waits.rests(False)
 
     # ---- looking -------------------------------------------------------------------------------------------
 
@@ -353,13 +350,7 @@ class Doctor(Callback):
             self._announce(trainer, lost=lost)
 
     def _names(self, batch, model, call, look_up: bool = True) -> list[str]:
-        settings = self.trace.settings
-        manifests = settings.manifests.get("train", []) if settings is not None and look_up else []
-        try:
-            return utterances.of_batch(batch, model, call, manifests)
-        except Exception as error:  # a name is a help, its lack no reason to lose the finding
-            log.debug("utterances of a batch", exc_info=True)
-            return [f"not named: {type(error).__name__}"]
+        return names_of(batch, model, call, self.trace.settings if look_up else None)
 
     def _look(self, trainer) -> None:
         """Frames, targets and the size of the step, of this batch."""
@@ -440,10 +431,13 @@ class Doctor(Callback):
         self._starts.end(self.trace)
         self.examined = [line for line in self.examined if not line.startswith("cost:")]
         self.examined.append(f"cost: {self.pace.share()}")
+        over = self.trace.ended and self.trace.last_step >= PROBE_STEPS
+        probes = probes and self.probe and troubled(self._found()[0], over)
+        if probes and trainer.world_size > 1:
+            self.not_examined.append(devices.NOT_PROBED)
         report = self.report()
         self._save(trainer, report, alone)  # before the probes, which take seconds: nobody may wait for them
-        over = self.trace.ended and self.trace.last_step >= PROBE_STEPS
-        if probes and self.probe and trainer.world_size == 1 and troubled(self._found()[0], over):
+        if probes and trainer.world_size == 1:
             report = self.report(probes=True)
             self._save(trainer, report, alone)
         self.pace.begun, self._final = None, report

@@ -7,24 +7,31 @@ from __future__ import annotations
 
 import re
 import tarfile
+import zipfile
 from pathlib import Path
 
 from tools.doctor.finding import Finding
 from tools.doctor.registry import NotExamined, check
 
-MOST = 6  # checkpoints opened
-MOST_BYTES = 6_000_000_000
+MOST = 6  # checkpoints opened to be compared
+MOST_BYTES = 6_000_000_000  # of one of them
 # How torch names parameters, also of recurrent layers and under weight_norm; other names may be of tables and masks.
 PARAMETER = re.compile(r"(weight|bias)(_\w+)?$|\bparametrizations\.\w+\.original\d*$")
 
 
 def find(folder: Path) -> list[Path]:
-    """Checkpoints below a folder, oldest first, at most MOST: the first, the last and some between."""
+    """Checkpoints below a folder, oldest first."""
     paths = [p for pattern in ("*.ckpt", "*.nemo") for p in Path(folder).rglob(pattern) if p.is_file()]
-    paths = sorted((p for p in paths if p.stat().st_size < MOST_BYTES), key=lambda p: (p.stat().st_mtime, p.name))
-    if len(paths) <= MOST:
-        return paths
-    return [paths[round(k * (len(paths) - 1) / (MOST - 1))] for k in range(MOST)]
+    return sorted(paths, key=lambda p: (p.stat().st_mtime, p.name))
+
+
+def chosen(paths: list[Path]) -> tuple[list[Path], list[str]]:
+    """(those to be opened, at most MOST: the first, the last and some between; what is said of those too large for it)."""
+    small = [p for p in paths if p.stat().st_size < MOST_BYTES]
+    large = [f"{p.name}: left out, with {p.stat().st_size / 1e9:.1f} GB" for p in paths if p not in small]
+    if len(small) > MOST:
+        small = [small[round(k * (len(small) - 1) / (MOST - 1))] for k in range(MOST)]
+    return small, large
 
 
 def callbacks_of(path: Path) -> list[str]:
@@ -67,7 +74,7 @@ def _saved(path: Path) -> dict:
                     raise ValueError("no model_weights.ckpt in it")
                 return torch.load(tar.extractfile(member), map_location="cpu", weights_only=True)
         try:
-            saved = torch.load(path, map_location="cpu", weights_only=True)
+            saved = torch.load(path, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(path))
         except Exception:  # its hyper-parameters are OmegaConf's nodes
             saved = _load_with_config(path)
     except Exception as error:  # tar, pickle, zip, torch: no common kind
@@ -81,6 +88,7 @@ def weights_of_the_checkpoints(subject):
     paths = find(subject.run)
     if not paths:
         raise NotExamined("no checkpoint in this folder")
+    paths, large = chosen(paths)
     first, unread = None, []
     oldest: dict = {}
     last_good: str | None = None
@@ -104,13 +112,13 @@ def weights_of_the_checkpoints(subject):
         elif step is not None and first[1] is not None and step > first[1]:
             yield from _unmoved(subject, first, (path, step, weights))
             first = (path, step, weights) if first[1] == step else first
-    if unread:
-        if len(unread) == len(paths):
+    if unread or large:
+        if unread and len(unread) == len(paths):
             yield Finding(
                 "input-unreadable", "warning", f"None of the {len(paths)} checkpoints can be read: {unread[0]}",
                 "A file cut off while it was written, or one that holds more than tensors.", {"files": unread},
                 ["use the checkpoint before it"], 0.8, where=str(paths[-1]))
-        raise NotExamined("; ".join(unread[:3]))
+        raise NotExamined("; ".join([*unread[:3], *large[:3]]))
 
 
 def _is_broken(name: str, value, before) -> bool:

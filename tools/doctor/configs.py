@@ -12,6 +12,9 @@ from omegaconf import DictConfig, ListConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from tools.doctor.finding import Finding
+from tools.doctor.sources import Source, options, paths, sources
+
+DATA_SECTIONS = {"train": "train_ds", "validation": "validation_ds", "test": "test_ds"}
 
 
 class ConfigUnreadable(Exception):
@@ -146,28 +149,31 @@ class Settings:
                 return int(value)
         return None
 
+    def sources(self, role: str) -> tuple[list[Source], list[str]]:
+        """(the manifests that the role's data section names, what else it names there: see sources.sources)."""
+        return sources(self.get(f"model.{DATA_SECTIONS[role]}"), self.reader(role))
+
+    def options(self, role: str) -> Source:
+        """How manifests of a role are read that its data section does not name."""
+        return options(self.get(f"model.{DATA_SECTIONS.get(role, 'train_ds')}"), self.reader(role))
+
+    def reader(self, role: str) -> str:
+        """Whose loader reads the manifests of a role: see sources.Source."""
+        lhotse = self.get(f"model.{DATA_SECTIONS.get(role, 'train_ds')}.use_lhotse")
+        return "recipe" if self.recipe else "lhotse" if lhotse else "nemo"
+
     @property
     def manifests(self) -> dict[str, list[str]]:
         """Role -> paths of the manifests it names."""
-        found = {}
-        for role, section in (("train", "train_ds"), ("validation", "validation_ds"), ("test", "test_ds")):
-            if paths := _paths(self.get(f"model.{section}.manifest_filepath")):
-                found[role] = paths
+        found = {role: [source.path for source in self.sources(role)[0]] for role in DATA_SECTIONS}
+        found = {role: named for role, named in found.items() if named}
         # Only those that have been made: a corpus names test sets that a training does not need.
         if self.recipe and "test" not in found:
-            tests = [path for path in _paths(self.get("corpus.test")) if Path(path).is_file()]
+            tests = [path for path in paths(self.get("corpus.test")) if Path(path).is_file()]
             validation = set(found.get("validation", []))
             if tests := [path for path in tests if path not in validation]:
                 found["test"] = tests
         return found
-
-
-def _paths(value: Any) -> list[str]:
-    if isinstance(value, str):
-        return [part.strip() for part in value.split(",") if part.strip()]
-    if isinstance(value, (list, ListConfig)):
-        return [path for item in value for path in _paths(item)]
-    return []
 
 
 def load_config(given: Any, overrides: Sequence[str] = ()) -> Settings:

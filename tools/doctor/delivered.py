@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import math
 import random
+import unicodedata
 from collections import Counter, defaultdict
 
 from manifests.schema import ManifestError, scan_manifest
@@ -18,6 +19,9 @@ from tools.doctor.registry import NotExamined, check
 ROWS, FEWEST = 48, 16  # rows to look at, and those needed for a verdict
 SAME = 0.03  # of the logarithm of seconds: the same audio, but for rounding
 OTHER = 0.3  # of it: other audio; a change of speed in training stays below
+ONE_WAY = 0.25  # of the rows with other audio: fewer that are longer, or shorter, come from no mixture of rows
+# Options of a training section that make audio shorter, or longer, than the manifest says, and are meant to.
+MOVING = ("trim_silence", "pad_min_duration", "augmentor.silence")
 BEHIND = 0.1  # of the spread of a row, from which on what lies behind its length is no padding
 LINES = 200_000  # of the manifests, to be read
 
@@ -29,6 +33,9 @@ class Delivered:
         manifests: paths of the training manifests.
         rate: of the audio, Hz.
         frame_rate: of features, Hz, where they are delivered in place of audio.
+
+    Attributes:
+        options: those of the loader that change how long audio is (moving).
     """
 
     title = "loader: text and audio of the rows delivered, against the manifest"
@@ -38,6 +45,7 @@ class Delivered:
         self.batches: list[list[tuple[float, str]]] = []
         self.padded = self.behind = 0  # rows that are shorter than their batch, and those with sound behind their length
         self.judged = False
+        self.options: list[str] = []
         self._durations: dict[str, list[float]] | None = None
         self._by_duration: dict[int, list[str]] = {}
 
@@ -126,6 +134,8 @@ class Delivered:
             return [self._cut(known, count, longest, cut)]
         if not mixed and away < 0.3:
             return []
+        if not mixed and (told := self._one_way(ratios, count)) is not None:
+            return told
         falling = all(sorted(row[0] for row in batch) in ([row[0] for row in batch], [row[0] for row in batch][::-1])
                       for batch in self.batches)
         evidence = {"rows": count, "audio as long as the manifest says for the text": round(fits, 3),
@@ -147,6 +157,26 @@ class Delivered:
              "or let pack_padded_sequence(..., enforce_sorted=False) do it"] if mixed else
             ["look at the data set's __getitem__: one index for audio and text"],
             0.97 if mixed else 0.85, where="the training loader")]
+
+    def _one_way(self, ratios: list[float], count: int) -> list[Finding] | None:
+        """Findings where audio is only shorter than in the manifest, or only longer, and not of other rows; None where it is
+        both. Raises NotExamined where an option of the loader makes it so."""
+        shorter, longer = sum(ratio < -OTHER for ratio in ratios), sum(ratio > OTHER for ratio in ratios)
+        if min(shorter, longer) >= ONE_WAY * (shorter + longer):
+            return None
+        if self.options:
+            raise NotExamined(f"{' and '.join(self.options)} of the loader change how long audio is")
+        less = shorter > longer
+        return [Finding(
+            "data-duration-wrong", "warning",
+            f"The loader delivers {'less' if less else 'more'} audio than the manifest says: {max(shorter, longer)} of {count} "
+            f"rows are more than a quarter {'shorter' if less else 'longer'}.",
+            ("Durations in the manifest are too long, or silence or more is cut off on the way: targets may not fit any more."
+             if less else "Durations in the manifest are too short, or more than the utterance is read.")
+            + " What is chosen by duration (max_duration, buckets, batches of so many seconds) goes wrong.",
+            {"rows": count, "shorter": shorter, "longer": longer, "median of the ratio": math.exp(ratios[len(ratios) // 2])},
+            ["durations as soundfile.info gives them, of the audio as it is read",
+             "if it is cut on the way: listen whether speech is cut with the silence"], 0.7, where="the training loader")]
 
     def _cut(self, known, count: int, longest: float, share: float) -> Finding:
         text, seconds = next((text, self._nearest(text, a)) for batch in self.batches for a, text in batch
@@ -233,9 +263,15 @@ class Delivered:
              "model.decoder.vocabulary=${model.labels}"], 0.95, where="the training loader")
 
 
+def moving(settings) -> list[str]:
+    """Options of a configuration's training section that change how long audio is, as the user writes them."""
+    return [settings.key(f"model.train_ds.{name}") for name in MOVING
+            if settings is not None and settings.get(f"model.train_ds.{name}")]
+
+
 def plain(text: str) -> str:
-    """In lower case, with one space between words: as texts are compared."""
-    return " ".join(text.lower().split())
+    """In lower case, ligatures and wide letters as plain ones, with one space between words: as texts are compared."""
+    return " ".join(unicodedata.normalize("NFKC", text).casefold().split())
 
 
 @check("loader", faults=("data-mismatched-text", "label-order", "length-mismatch"), needs=("model", "manifests"))
@@ -254,6 +290,7 @@ def loader_keeps_pairs(subject):
         if spell is None:
             raise NotExamined("nothing says what the targets mean")
         seen = Delivered(subject.manifests.get("train", []), probe.sample_rate)
+        seen.options = moving(subject.settings)
         draw = random.Random(subject.seed).sample(range(len(data)), min(len(data), ROWS))
         for first in range(0, len(draw) - 7, 8):
             batch = collate([data[i] for i in draw[first : first + 8]])

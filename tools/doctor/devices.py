@@ -9,6 +9,8 @@ from tools.doctor.trace import Trace
 
 log = logging.getLogger("doctor")
 
+NOT_PROBED = ("probes of the model: not made at the end of a run on several devices: python -m tools.doctor check on its "
+              "configuration makes them")
 FROM_ANOTHER = "or"  # in the evidence of a gradient that another device may have spoilt
 
 
@@ -46,6 +48,7 @@ def facts(trace: Trace, findings: list[Finding], cost: float) -> dict:
         "infeasible": dict(trace.infeasible),
         "infeasible_seen": trace.infeasible_seen,
         "cost": cost,
+        "first": list(trace.first_batch),
     }
 
 
@@ -77,12 +80,29 @@ def count_together(trace: Trace, every: list[dict], rank: int) -> None:
 def joined(found: list[Finding], every: list[dict], rank: int) -> list[Finding]:
     """A rank's findings and those of the others. That a summed gradient is not finite yields to what the rank has found
     whose loss was not."""
+    found = found + same_batches(every)
     own = [finding for finding in found if FROM_ANOTHER not in finding.evidence]
     more = seen_elsewhere(every, rank, {finding.id for finding in own})
     if any("first at step" in finding.evidence for finding in more):
         return own + more
     ids = {finding.id for finding in found}
     return found + [finding for finding in more if finding.id not in ids]
+
+
+def same_batches(every: list[dict]) -> list[Finding]:
+    """A finding where the first batch of all ranks holds the same texts."""
+    first = [sorted(told.get("first", ())) for told in every]
+    if len(first) < 2 or len(set(first[0])) < 2 or any(keys != first[0] for keys in first):
+        return []
+    return [Finding(
+        "data-duplicates", "warning",
+        f"The first batch of all {len(first)} devices is the same {len(first[0])} utterances.",
+        "Nothing gives each device its own share of the data. All compute the same gradient, so that a step is worth no more "
+        f"than on one device, and an epoch goes over the data {len(first)} times.",
+        {"devices": len(first), "utterances": len(first[0])},
+        ["trainer.use_distributed_sampler=true (Lightning's default), for a loader of rows",
+         "a loader that gives its own batches: DistributedSampler, or NeMo's with global_rank and world_size"], 0.9,
+        where="the training loader")]
 
 
 def seen_elsewhere(every: list[dict], rank: int, known: set[str]) -> list[Finding]:

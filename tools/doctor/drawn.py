@@ -16,6 +16,27 @@ BATCHES = 50_000  # an epoch of more is left out: it may have no end
 FEWEST = 32  # texts
 
 
+def keys_of(batch) -> Tensor | None:
+    """A number (B) for each text of a batch of NeMo's kind, by which it is known again; None for one of another kind."""
+    if not isinstance(batch, (list, tuple)) or len(batch) < 4:
+        return None
+    targets, sizes = batch[2], batch[3]
+    if not isinstance(targets, Tensor) or not isinstance(sizes, Tensor) or targets.dim() != 2 or targets.is_floating_point():
+        return None
+    if sizes.numel() != len(targets):
+        return None
+    at = torch.arange(targets.shape[1], device=targets.device)
+    valid = at[None] < sizes.reshape(-1, 1)
+    factor = (at * 1_000_003 + 12_345) * 2_654_435_761 % 2_147_483_647
+    return ((targets.long() + 1) * factor * valid).sum(dim=1) * 4096 + sizes.reshape(-1).long()
+
+
+def first_of(trainer, batch) -> list[int]:
+    """Keys of the texts of a device's first batch, for the others to compare; [] on one device."""
+    keys = keys_of(batch) if trainer.world_size > 1 else None
+    return [] if keys is None else keys.tolist()
+
+
 class Drawn:
     """Tells the texts of an epoch's batches apart by their targets."""
 
@@ -28,14 +49,10 @@ class Drawn:
         """A batch of NeMo's kind: (audio, lengths, targets (B, S), lengths (B))."""
         if self.judged or len(self.keys) > BATCHES or not isinstance(batch, (list, tuple)) or len(batch) < 4:
             return
-        targets, sizes = batch[2], batch[3]
-        if not isinstance(targets, Tensor) or not isinstance(sizes, Tensor) or targets.dim() != 2 or targets.is_floating_point():
+        if (keys := keys_of(batch)) is None:
             self.judged = True
-            return
-        at = torch.arange(targets.shape[1], device=targets.device)
-        valid = at[None] < sizes.reshape(-1, 1)
-        factor = (at * 1_000_003 + 12_345) * 2_654_435_761 % 2_147_483_647
-        self.keys.append(((targets.long() + 1) * factor * valid).sum(dim=1) * 4096 + sizes.reshape(-1).long())
+        else:
+            self.keys.append(keys)
 
     def judge(self, trainer) -> Finding | None:
         """To be called when an epoch is over; a finding where few of the manifest's texts were in it."""

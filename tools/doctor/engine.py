@@ -69,6 +69,8 @@ def examine(
                                 if not set(FAMILIES[family][1]) & set(available)]
     if config is not None and subject.settings is not None and not subject.wants_model and families is None:
         report.not_examined.append("the model: the configuration has no sections encoder and decoder to build it from")
+    if families is None or {"data", "audio", "pairs"} & set(families):
+        report.not_examined += subject.not_read()
     first = [family for family in FAMILIES if family != LAST] if families is None else families
     named = run_checks(subject, checks(available, first), available, report)
     of_run = families is None and model is None and config is None and subject.run is not None

@@ -12,7 +12,7 @@ import time
 from pathlib import Path
 from statistics import median
 
-from tools.doctor import folders, saved
+from tools.doctor import folders, saved, units
 from tools.doctor.bands import corpus_of
 from tools.doctor.chain import chained, from_nothing
 from tools.doctor.curves import STEP_NAMES, joined, read_csv, read_events
@@ -74,10 +74,12 @@ def read_run(folder: Path, settings=None, train_rows=lambda: []) -> Trace:
     for series, name in named.items():
         if name is not None:
             trace.series[series] = sorted(columns[name], key=lambda p: p[0])
+    texts = [str(row.get("text", "")) for row in train_rows()]
+    trace.spaces = units.spaces(texts)
     if named["loss"] is not None:
-        _unit(trace, named["loss"], settings, train_rows)
+        _unit(trace, named["loss"], texts)
     _take_watched(trace, folder / "doctor" / "curve.csv")
-    _take_printed(trace, read_logs(folder, trace), train_rows)
+    _take_printed(trace, read_logs(folder, trace), texts)
     for path, report in saved.reports(folder).values():
         if report is None:
             trace.unread[path] = "no report of the doctor"
@@ -102,7 +104,7 @@ def _take_watched(trace: Trace, path: Path) -> None:
         trace.level = median(levels) if trace.loss_unit != "unknown" else None
 
 
-def _take_printed(trace: Trace, printed: Printed, train_rows) -> None:
+def _take_printed(trace: Trace, printed: Printed, texts: list[str]) -> None:
     """What a text log shows of the curve, where nothing else holds a loss."""
     if "loss" in trace.series:
         return
@@ -113,7 +115,7 @@ def _take_printed(trace: Trace, printed: Printed, train_rows) -> None:
             if series == "loss":
                 trace.places = printed.places
                 if printed.placed:  # the lines of others are no steps, and no plateau is told by their number
-                    _unit(trace, name, trace.settings, train_rows)
+                    _unit(trace, name, texts)
 
 
 def _plan(trace: Trace, settings) -> None:
@@ -172,24 +174,23 @@ def _event_columns(folder: Path, events: list[Path], trace: Trace) -> dict[str, 
     return joined(sittings)
 
 
-def _unit(trace: Trace, name: str, settings, train_rows) -> None:
-    """The loss in nats a character where the name or the configuration and the manifest allow it."""
+def _unit(trace: Trace, name: str, texts: list[str]) -> None:
+    """The loss in nats a character or a token where the name or the configuration and the train texts allow it, and its
+    level by how often these occur."""
+    settings = trace.settings
     tokens = settings is not None and settings.get("model.tokenizer") is not None
-    ours = name == "loss_per_char" or (settings is not None and settings.recipe)
-    if ours:
+    counted = (units.of_tokens(texts, settings.tokenizer_dir) if tokens else
+               units.of_characters(texts, settings.labels if settings is not None else None))
+    reduction = settings.get("model.ctc_reduction", "mean_batch") if settings is not None else ""
+    if name == "loss_per_char" or settings is not None and settings.recipe or reduction == "mean_volume":
         trace.loss_unit = "label" if tokens else "character"
-        return
-    if settings is None or tokens or settings.get("model.ctc_reduction", "mean_batch") != "mean_batch":
-        if settings is not None and not tokens and settings.get("model.ctc_reduction") == "mean_volume":
-            trace.loss_unit = "character"
-        return
-    texts = [len(str(row.get("text", ""))) for row in train_rows()]
-    if texts and sum(texts):
-        mean = sum(texts) / len(texts)
+    elif reduction == "mean_batch" and counted is not None:  # the mean of sums over each utterance
         for name in ("loss", "val_loss"):  # the same module computes both
             if name in trace.series:
-                trace.series[name] = [(step, value / mean) for step, value in trace.series[name]]
-        trace.loss_unit = "character"
+                trace.series[name] = [(step, value / counted.mean) for step, value in trace.series[name]]
+        trace.loss_unit = "label" if tokens else "character"
+    if trace.loss_unit != "unknown" and counted is not None:
+        trace.level = counted.level
 
 
 def _quiet_for(folder: Path) -> float:
@@ -314,7 +315,7 @@ def end_of_the_run(subject):
         yield begins_anew(len(anew), last, planned, said, evidence)
         return
     again = goes_on(bool(trace.recipe), bool(checkpoints.find(subject.run)))
-    yield run_ended(last, planned, said, end, evidence, 0.8 if end else 0.5, again)
+    yield run_ended(last, planned, said, end, evidence, 0.8 if end else 0.5, again, subject.settings)
 
 
 @check("run", faults=(), needs=("run",))

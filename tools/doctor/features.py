@@ -48,7 +48,7 @@ def features_are_usable(subject):
                    "A logarithm of 0, a division by a standard deviation of 0, or audio that is not finite itself. One "
                    "such "
                    "batch poisons running statistics for good.", {"share": share},
-                   ["model.preprocessor.log_zero_guard_value=2**-24; add a small constant before log and to the "
+                   ["model.preprocessor.log_zero_guard_value=5.96e-8; add a small constant before log and to the "
                     "standard "
                     "deviation"], 0.97)
         return

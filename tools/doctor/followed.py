@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from tools.doctor import utterances
-from tools.doctor.delivered import Delivered
+from tools.doctor.delivered import Delivered, moving
 from tools.doctor.drawn import Drawn
 from tools.doctor.finding import Finding
 from tools.doctor.jumps import Jumps
@@ -29,6 +29,7 @@ class Followed:
         manifests = trace.settings.manifests.get("train", []) if trace.settings is not None else []
         self.moved = Moved(model, trainer.optimizers, trace, counted)
         self._delivered = Delivered(manifests, utterances.rate_of(model), utterances.frame_rate_of(model))
+        self._delivered.options = moving(trace.settings)
         self._drawn = Drawn(manifests)
         self._jumps, self._modes, self._ticks, self._passed_over = Jumps(model), Modes(), Ticks(), PassedOver()
         self._ticks.look(trainer, self._steps(trainer), trace)

@@ -7,8 +7,10 @@ from collections import Counter
 
 import torch
 
+from tools.doctor.audio import read_at
 from tools.doctor.finding import Finding, Plot
 from tools.doctor.labels import encode_text
+from tools.doctor.languages import some
 from tools.doctor.loss import reference
 from tools.doctor.registry import NotExamined, check
 
@@ -21,7 +23,7 @@ ROWS, OTHERS_TEXT = 32, 0.3  # rows of validation, one after the other; share th
 def texts_are_those_that_are_heard(subject):
     """A model that has learned to tell texts apart finds the manifest's the most likely."""
     probe = subject.probe
-    rows = _usable(subject.rows.get("train", []))
+    rows = some(_usable(subject.rows.get("train", [])))
     chosen = random.Random(subject.seed).sample(rows, min(UTTERANCES, len(rows)))
     heard = []
     with probe.ready(calibrate=False), torch.no_grad():
@@ -104,11 +106,9 @@ def _usable(rows: list[dict]) -> list[dict]:
 
 def _listen(probe, row: dict) -> tuple[list[int], torch.Tensor, torch.Tensor] | None:
     """(targets, log-probs (1, T, V+1), frames (1)) of a row; None where audio or text are broken, which is told elsewhere."""
-    from recipes.data import read_audio
-
     try:
         own = encode_text(probe, row["text"])
-        audio = torch.from_numpy(read_audio(row, probe.sample_rate).copy())[None].to(probe.device)
+        audio = torch.from_numpy(read_at(row, probe.sample_rate).copy())[None].to(probe.device)
     except Exception:  # of any kind
         return None
     size = torch.tensor([audio.shape[1]], device=probe.device)

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from tools.doctor.finding import Finding, Plot
-from tools.doctor.probe import own_dropouts, relative
+from tools.doctor.probe import own_dropouts, relative, seed_all
 from tools.doctor.registry import NotExamined, check
 from tools.doctor.tracing import describe, first_difference, shortened, trace
 
@@ -325,7 +325,7 @@ def _statistics_of(probe, x, lengths) -> None:
 
 
 def _by_chance(probe, x, lengths, trained: Tensor) -> bool:
-    torch.manual_seed(1)
+    seed_all(1)
     again, _ = probe.forward(x, lengths)
     return trained.shape == again.shape and relative(again - trained, trained) > 0.02
 

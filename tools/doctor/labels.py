@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import unicodedata
 from itertools import groupby
 
 import torch
@@ -99,8 +100,25 @@ def encode_text(probe, text: str) -> list[int]:
     encode = training_encoder(probe)
     if encode is None:
         raise NotExamined("there is nothing that turns text into targets")
-    target = encode(text)
+    target = encode(text, language_of(probe, text)) if one_of_each(probe) else encode(text)
     return [int(i) for i in target] if target is not None else []
+
+
+def one_of_each(probe) -> dict:
+    """Language -> tokenizer, of a tokenizer that is made of one for each; {} for others."""
+    return getattr(getattr(probe.model, "tokenizer", None), "tokenizers_dict", None) or {}
+
+
+def language_of(probe, text: str) -> str:
+    """The language that the manifests give for a text. Raises NotExamined where they give none that has a tokenizer."""
+    if not hasattr(probe, "_languages"):
+        rows = (row for rows in probe.subject.rows.values() for row in rows)
+        probe._languages = {row["text"]: str(row.get("lang", "")) for row in rows}
+    language = probe._languages.get(text, "")
+    if language not in one_of_each(probe):
+        raise NotExamined(f"the tokenizer is one of {', '.join(one_of_each(probe))}, and `lang` of the rows is "
+                          f"{language or 'not there'}")
+    return language
 
 
 def decode_frames(probe, frames: list[int], width: int | None = None) -> str:
@@ -291,8 +309,9 @@ def _letters(text: str, doubles: bool = True) -> str:
 
 
 def _plain(text: str) -> str:
-    """The letters and digits of a text, in lower case."""
-    return "".join(char for char in text.lower() if char.isalnum())
+    """The letters and digits of a text, in lower case; ligatures and wide letters as plain ones, as sentencepiece's nmt_nfkc_cf
+    makes them."""
+    return "".join(char for char in unicodedata.normalize("NFKC", text).casefold() if char.isalnum())
 
 
 def _written_otherwise(changed: list[tuple[str, str]], compared: int) -> Finding:

@@ -5,9 +5,11 @@ from __future__ import annotations
 import torch
 
 from tools.doctor.finding import Finding, Plot
+from tools.doctor.probe import SHORTEST
 from tools.doctor.registry import NotExamined, check
 
 LONGEST = 40.0  # seconds that are tried at most
+USUAL = 320  # feature frames, at most, of an utterance that is neither long nor short
 SLOW_FRONT_END = 45.0  # feature frames a second; usual are 80 to 100
 MANY = 0.2  # share of utterances that do not fit from which on learning is kept from happening
 
@@ -173,28 +175,56 @@ def every_length_passes(subject):
     if not rows:
         raise NotExamined("no utterance of train is between the limits of its length")
     frames_of = getattr(getattr(probe.model.preprocessor, "featurizer", None), "get_seq_len", None)
+    middle = sorted(row["duration"] for row in rows)[len(rows) // 2]
+    if (error := _fails(probe, min(int(middle * 100), USUAL))) is not None:
+        raise NotExamined(f"no usual utterance passes either: {_said(error)}")
     for kind, row in (("longest", max(rows, key=lambda r: r["duration"])),
                       ("shortest", min(rows, key=lambda r: r["duration"]))):
         samples = torch.tensor([int(row["duration"] * probe.sample_rate)])
         frames = int(frames_of(samples)[0]) if frames_of else int(samples[0]) * 100 // probe.sample_rate
         if frames < 1:
             continue
-        try:
-            with probe.ready(calibrate=False), torch.no_grad():
-                output_frames(probe, frames)
-        except Exception as error:  # anybody's forward
-            line = " ".join(str(error).split())[:300]
+        if (error := _fails(probe, frames)) is not None:
+            if _no_memory(error):
+                raise NotExamined(f"there is no memory for the {kind} utterance beside what the run holds: {_said(error)}")
             yield Finding(
                 "model-does-not-build", "prevents",
                 f"The model does not run on the {kind} utterance of train, {row['duration']:.2f} s ({frames} feature "
-                f"frames): {type(error).__name__}: {line}",
+                f"frames): {_said(error)}",
                 "A table of positions, a mask or a buffer of a fixed size is shorter than the utterance."
                 if kind == "longest" else "The utterance is shorter than what a kernel or a pooling needs.",
-                {"seconds": row["duration"], "feature frames": frames, "error": f"{type(error).__name__}: {line}"},
+                {"seconds": row["duration"], "feature frames": frames, "error": _said(error)},
                 ["make the table as long as the longest utterance needs, or compute positions from the length",
                  f"model.train_ds.max_duration below {row['duration']:.2f}"] if kind == "longest" else
                 [f"model.train_ds.min_duration above {row['duration']:.2f}"],
                 0.97, where=row["_at"])
+
+
+def _fails(probe, frames: int) -> Exception | None:
+    """The error with which the model does not take one item of so many feature frames."""
+    try:
+        with probe.ready(calibrate=False), torch.no_grad():
+            output_frames(probe, frames)
+    except Exception as error:  # anybody's forward
+        return error.with_traceback(None)  # whose frames hold tensors
+    return None
+
+
+def _no_memory(error: Exception) -> bool:
+    return isinstance(error, torch.OutOfMemoryError) or "can't allocate memory" in str(error)
+
+
+def _said(error: Exception) -> str:
+    return f"{type(error).__name__}: {' '.join(str(error).split())[:300]}"
+
+
+@check("lengths", faults=(), needs=("model", "manifests"))
+def real_sound(subject):
+    """Features and encoder are probed with utterances of the manifests."""
+    made = sum(not item.row for item in subject.probe.items())
+    if made:
+        raise NotExamined(f"{made} of 4 had to be made-up tones: the manifests have too few utterances of {SHORTEST:g} s or "
+                          "more that have a text and can be read")
 
 
 @check("lengths", faults=("data-target-too-long",), needs=("model", "manifests"))
@@ -215,6 +245,8 @@ def targets_fit(subject):
         for row in rows:
             try:
                 target = encode_text(probe, row["text"])
+            except NotExamined:
+                raise
             except Exception:  # characters outside the labels: the data family says so
                 continue
             need.append(len(target) + sum(a == b for a, b in zip(target, target[1:])))

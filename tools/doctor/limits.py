@@ -10,6 +10,7 @@ from omegaconf.errors import InterpolationKeyError, OmegaConfBaseException
 from tools.doctor.finding import Finding
 from tools.doctor.registry import NotExamined, check
 from tools.doctor.schedule import plan
+from tools.doctor.trained import started_from
 
 NUMBERS = (
     "trainer.max_steps", "trainer.max_epochs", "trainer.gradient_clip_val", "trainer.accumulate_grad_batches",
@@ -18,6 +19,7 @@ NUMBERS = (
     "model.preprocessor.sample_rate", "model.train_ds.batch_size", "model.train_ds.batch_duration",
     "model.train_ds.max_duration", "model.train_ds.min_duration", "training.epochs", "training.global_batch_seconds",
 )
+OF_THE_START = 0.05  # share of an average that may be of the weights at the start, at the end of a run
 KEPT = 0.5  # share of the hours, below which the limits of duration are said
 
 
@@ -245,6 +247,33 @@ def precision(subject):
         {"precision": value, "accelerator": s.get("trainer.accelerator", "-")},
         ["trainer.precision=bf16-mixed, or 32; compute the CTC loss in float32 (log_probs.float())"],
         0.9 if true or cpu else 0.6, where="trainer.precision")
+
+
+@check("limits", faults=("ema-too-slow",), needs=("config",))
+def average_follows(subject):
+    """The average of the weights (EMA) that is validated and kept follows the weights within the run."""
+    s = subject.settings
+    if not s.get("exp_manager.ema.enable"):
+        return
+    key = s.key("exp_manager.ema")
+    decay, every = s.number("exp_manager.ema.decay", 0.999), max(s.number("exp_manager.ema.every_n_steps", 1), 1)
+    if (steps := plan(subject).steps) is None:
+        raise NotExamined("the number of steps is not known")
+    left = max(decay, 0.0) ** (steps / every)
+    if left <= OF_THE_START:
+        return
+    alone, started = bool(s.get("exp_manager.ema.validate_original_weights")), started_from(s)
+    fits = max(1 - every * 10 / steps, 0.0)  # a tenth of the run, and 5e-5 of the start at its end
+    yield Finding(
+        "ema-too-slow", "prevents" if left > 0.5 and not alone and not started else "warning",
+        f"{key}.decay={decay:g}{f', every {every:g} steps' * (every > 1)}: after the {steps} steps of the run the average "
+        f"is still made of {left:.0%} of the weights that the model began with.",
+        "NeMo's average begins at the first step's weights and has no warm-up. " + (
+            "The checkpoints that are kept of it (-EMA) are those of a model that has hardly been trained."
+            if alone or started else
+            "Validation and the -EMA checkpoints are of the average: val_wer stays near 1 while the train loss falls."),
+        {"decay": decay, "every n steps": every, "steps": steps, "share of the first weights": round(left, 4)},
+        [f"{key}.decay={fits:.6g}", f"{key}.enable=false"], 0.95, where=f"{key}.decay")
 
 
 @check("limits", faults=("optimizer-betas",), needs=("config",))

@@ -10,10 +10,11 @@ import warnings
 from dataclasses import replace
 from pathlib import Path
 
+from tools.doctor import utterances
 from tools.doctor.finding import Finding, Report
 from tools.doctor.trace import Trace
 from tools.doctor.trained import copies, judged, left_out, started_from
-from tools.doctor.trials import left_from_a_trial
+from tools.doctor.trials import is_epoch_by_number, left_from_a_trial
 
 log = logging.getLogger("doctor")
 
@@ -130,16 +131,46 @@ def schedule_findings(trainer, trace: Trace) -> tuple[list[Finding], int | None]
                 "The first gradients of CTC are large and point to blanks; full steps along them saturate the outputs.",
                 {"learning rate": rate}, [f"{trace.key('model.optim.sched.name')}=CosineAnnealing with warmup_steps "
                                           "of a tenth of the run"], 0.6, where=trace.key("model.optim.sched")))
-    return found, int(warmup) if warmup else None
+    return [*found, *rate_kept(trainer, trace)], int(warmup) if warmup else None
 
 
-def trial_of(trainer) -> list[Finding]:
+def rate_kept(trainer, trace: Trace) -> list[Finding]:
+    """A finding where a run goes on with the learning rate of its checkpoint, and the configuration has another."""
+    asked = trace.settings.number("model.optim.lr") if trace.settings is not None else None
+    if not trainer.global_step or not asked:
+        return []
+    from nemo.core.classes import ModelPT
+
+    nemos = all(type(config.scheduler).__module__.startswith("nemo.") for config in trainer.lr_scheduler_configs)
+    if type(trainer.lightning_module).configure_optimizers is not ModelPT.configure_optimizers or not nemos:
+        return []  # one's own may take its rate from elsewhere, and torch's cycles begin below it
+    groups = [group for optimizer in trainer.optimizers for group in optimizer.param_groups]
+    kept = [float(group.get("initial_lr", group["lr"])) for group in groups]
+    if not kept or any(abs(rate - asked) <= 0.01 * asked for rate in kept):
+        return []
+    key = trace.key("model.optim.lr")
+    return [Finding(
+        "lr-too-low" if max(kept) < asked else "lr-too-high", "warning",
+        f"The configuration has {key}={asked:g}; the run goes on from step {trainer.global_step} with {max(kept):g}, that "
+        "of its checkpoint.",
+        "fit(ckpt_path=...) restores optimizer and schedule with their rates, after they were made from the configuration: "
+        "what was changed there since is not looked at.",
+        {"in the configuration": asked, "in the optimizer": sorted(set(kept)), "step": trainer.global_step},
+        ["init_from_ptl_ckpt=... or init_from_nemo_model=... (the weights alone, a new optimizer and schedule) in place of "
+         "ckpt_path and resume_if_exists", f"{key}={max(kept):g}, if the run is to go on as it was"], 0.9, where=key)]
+
+
+def trial_of(trainer, settings) -> list[Finding]:
     """A finding where the trainer takes only some batches of its data, as for trying a program out."""
     given = {name: getattr(trainer, name, None) for name in ("fast_dev_run", "overfit_batches", "limit_train_batches")}
     try:
         batches = len(trainer.train_dataloader)
     except (TypeError, NotImplementedError):  # nobody knows how many there are
         batches = None
+    if settings is not None and is_epoch_by_number(
+        settings, given["limit_train_batches"], batches, trainer.accumulate_grad_batches
+    ):
+        given["limit_train_batches"] = None
     found = left_from_a_trial(given, batches)
     return [] if found is None else [found]
 
@@ -294,6 +325,24 @@ def save(folder: Path | None, report: Report, trace: Trace, trainer, alone: bool
               f"step {trace.last_step}" + (f" of {trace.planned}" if trace.planned else ""))
     except OSError as error:
         log.warning("doctor: the report cannot be written to %s: %s", folder, error)
+
+
+def names_of(batch, model, call, settings) -> list[str]:
+    """The utterances of a batch; texts are looked up in the train manifests where there are `settings`."""
+    try:
+        return utterances.of_batch(batch, model, call, settings.manifests.get("train", []) if settings is not None else [])
+    except Exception as error:  # a name is a help, its lack no reason to lose the finding
+        log.debug("utterances of a batch", exc_info=True)
+        return [f"not named: {type(error).__name__}"]
+
+
+def validated(trainer, trace: Trace) -> dict[str, float]:
+    """What a validation has measured; its points go into the trace."""
+    metrics = {key: float(value) for key, value in trainer.callback_metrics.items() if is_scalar(value)}
+    for key in ("val_loss", "val_wer", "val_cer", "val_blank_rate"):
+        if key in metrics:
+            trace.add(key, trainer.global_step, metrics[key])
+    return metrics
 
 
 def is_scalar(value) -> bool:

@@ -3,12 +3,15 @@ its curve. Standard library only."""
 
 from __future__ import annotations
 
+import logging
 import re
 from pathlib import Path
 
-from tools.doctor.finding import Finding
+from tools.doctor.finding import Finding, Report
 from tools.doctor.printed import Printed
 from tools.doctor.trace import BadStep, Trace
+
+log = logging.getLogger("doctor")
 
 LOGS = ("*.log", "*.txt", "*.out", "*.err")
 LOG_BYTES = 20_000_000  # of one log, from its end
@@ -21,6 +24,10 @@ INFEASIBLE = re.compile(r"utterance (\S+): CTC loss is infinite, (\d+) targets .
 FORGOTTEN = re.compile(r"doctor: step (\d+): (\S+) is not finite; origin: (\S+) (\S*); utterances (.*)")
 ERRORS = (
     ("CUDA out of memory", "out of memory"), ("DefaultCPUAllocator: can't allocate", "out of memory"),
+    ("oom_kill", "killed for its memory"), ("oom-kill", "killed for its memory"), ("Out Of Memory", "killed for its memory"),
+    ("DUE TO TIME LIMIT", "ended by the time limit of the queue"), ("DUE TO PREEMPTION", "preempted by the queue"),
+    ("Watchdog caught collective operation timeout", "a device waited for the others in vain"),
+    ("Bus error", "shared memory full"),
     ("SIGTERM", "ended by SIGTERM"), ("KeyboardInterrupt", "interrupted"), ("Killed", "killed"),
     ("Signaling Trainer to stop", "ended by early stopping"), ("NCCL error", "NCCL error"), ("No space left on device", "disk full"),
     ("Traceback (most recent call last)", "exception"),
@@ -113,9 +120,17 @@ def _last_of_traceback(lines: list[str], at: int) -> str:
 
 # ---- the end ---------------------------------------------------------------------------------------------------
 
+# Under "out of memory" the batch is named as the configuration has it (smaller).
 WAYS_OUT = {
-    "out of memory": ["a smaller training.global_batch_seconds, or more accumulate_grad_batches",
-                      "a shorter model.train_ds.max_duration"],
+    "out of memory": ["a shorter model.train_ds.max_duration"],
+    "killed for its memory": ["fewer model.train_ds.num_workers, each of which holds the manifest",
+                              "more of the machine's memory: sbatch --mem, docker run --memory"],
+    "shared memory full": ["docker run --shm-size=8g (or --ipc=host): batches go through /dev/shm",
+                           "fewer model.train_ds.num_workers"],
+    "a device waited for the others in vain": [
+        "look at the logs of the other ranks: one has ended, has fewer batches, or waits for its data",
+        "the same number of batches for each device; a longer timeout only where all are at work: "
+        "DDPStrategy(timeout=timedelta(hours=1))"],
     "ended by early stopping": ["a longer patience: word error rates stay at 1.0 for some epochs before they fall",
                                 "min_delta and mode that fit what it watches: mode=min for val_wer and val_loss"],
     "disk full": ["fewer checkpoints: exp_manager.checkpoint_callback_params.save_top_k=1"],
@@ -150,8 +165,43 @@ def begins_anew(times: int, last: int, planned: int | None, said: str, evidence:
          "exp_manager.checkpoint_callback_params.every_n_train_steps=" + str(max(last // 4, 1))], 0.9)
 
 
+def smaller(settings) -> list[str]:
+    """Ways to a batch that needs less memory, by the keys that the configuration has."""
+    keys = ("training.global_batch_seconds", "model.train_ds.batch_duration", "model.train_ds.batch_size")
+    there = [settings.key(key) for key in keys if settings is not None and settings.get(key)]
+    return [f"a smaller {there[0] if there else 'model.train_ds.batch_size (batch_duration with lhotse)'}, with more "
+            "trainer.accumulate_grad_batches"]
+
+
+def never_began(trainer, folder: Path | None) -> Report:
+    """The report of a fit() that was over before its first batch; written where no earlier one would be lost."""
+    step, epoch = trainer.global_step, trainer.current_epoch
+    limit = (f"trainer.max_steps={trainer.max_steps}" if 0 <= trainer.max_steps <= step else
+             f"trainer.max_epochs={trainer.max_epochs}" if step or trainer.max_epochs == 0 else "")
+    found = Finding(
+        "run-ended", "warning",
+        f"Training never began: the checkpoint that it goes on from is at step {step} (epoch {epoch}), and {limit} is reached."
+        if limit else "Training never began: there is no batch to train on.",
+        "fit() restores how far the run had come, and ends at once: not a weight is moved." if limit else
+        "The loader is empty: filters (min_duration, max_duration) or a batch larger than the corpus with drop_last leave "
+        "nothing, or trainer.limit_train_batches is 0.",
+        {"step": step, "epoch": epoch, "goes on from": str(trainer.ckpt_path or "-")},
+        [f"{limit.partition('=')[0]} beyond that, to go on",
+         "another folder, or exp_manager.resume_if_exists=false, for a new run; init_from_ptl_ckpt for its weights alone"]
+        if limit else ["look at len(trainer.train_dataloader), and at what the manifest's filters leave"], 0.95)
+    report = Report([found], ["run: the live trainer"])
+    log.warning("doctor: %s: %s Change: %s", found.id, found.symptom, found.fix[0])
+    path = None if folder is None else folder / "doctor" / "report.json"
+    if path is not None and trainer.is_global_zero and not path.exists():
+        try:
+            report.save(path)
+        except OSError as error:
+            log.warning("doctor: the report cannot be written to %s: %s", path, error)
+    return report
+
+
 def run_ended(last: int, planned: int | None, said: str, error: str, evidence: dict, confidence: float,
-              again: list[str]) -> Finding:
+              again: list[str], settings=None) -> Finding:
     """The finding of a run that came to its end before its plan, or with an error.
 
     Args:
@@ -160,6 +210,7 @@ def run_ended(last: int, planned: int | None, said: str, error: str, evidence: d
         error: what ended it, "" where not known.
         evidence: beside the steps.
         again: the changes where what ended it asks for none.
+        settings: configs.Settings or None, for the keys that are named.
     """
     whole = planned is not None and last >= 0.98 * planned
     kind = next((kind for text, kind in ERRORS if kind in WAYS_OUT and (text in error or error.startswith(kind))), "")
@@ -168,7 +219,7 @@ def run_ended(last: int, planned: int | None, said: str, error: str, evidence: d
         f"The run's last step is {last}{f' of {planned}' if planned else ''}{said}",
         "It ended before its plan." if not whole else "The plan was fulfilled; the log holds an error all the same.",
         {"last step": last, "planned": planned, **evidence},
-        WAYS_OUT.get(kind, again), confidence)
+        [*(smaller(settings) if kind == "out of memory" else []), *WAYS_OUT.get(kind, again)], confidence)
 
 
 def ended_by(error: BaseException, trace: Trace, savers) -> Finding:
@@ -178,4 +229,5 @@ def ended_by(error: BaseException, trace: Trace, savers) -> Finding:
     """
     text = f"{type(error).__name__}: {' '.join(str(error).split())[:300]}".removesuffix(": ")
     again = goes_on(bool(trace.recipe), any(getattr(saver, "best_model_path", "") for saver in savers))
-    return run_ended(trace.last_step, trace.planned, f"; it was ended by {text}", text, {"error": text}, 0.5, again)
+    return run_ended(trace.last_step, trace.planned, f"; it was ended by {text}", text, {"error": text}, 0.5, again,
+                     trace.settings)

@@ -8,12 +8,15 @@ from __future__ import annotations
 import re
 
 from tools.doctor.finding import Finding
+from tools.doctor.languages import FEWEST, some
 from tools.doctor.registry import NotExamined, check
 
 FALLS, RISES = ("loss", "wer", "cer", "error"), ("acc", "bleu", "f1")
 # Lightning's EarlyStopping.
 STOPPED = re.compile(r"Monitored metric (\S+) did not improve in the last (\d+) records\. Best score: ([-\d.einfa]+?)\.? Signaling")
 SAVED = re.compile(r"(EarlyStopping|ModelCheckpoint)\{'monitor': '([^']+)', 'mode': '(min|max)'")  # in a checkpoint
+SPACES = 0.01  # share of a text's characters, under which it is not written in words; English has 0.18
+SHORT = 6  # characters a text, on average: of single words or commands nothing is said
 HIGHER = 1.02  # a best score by the lowest that was seen, from which on it is not the lowest
 
 
@@ -42,11 +45,20 @@ def turned_round(what: str, monitor: str | None, mode: str | None, key: str) -> 
 
 @check("limits", faults=("metric-normalisation",), needs=("config",))
 def rates_are_called_what_they_are(subject):
-    """What is logged as a word error rate counts words."""
+    """What is logged as a word error rate counts words, of texts that have words."""
     s = subject.settings
+    key = s.key("model.use_cer")
+    if (spaces := spaces_in(subject)) is not None and spaces < SPACES:
+        if s.get("model.use_cer") is not True and not s.recipe:
+            yield Finding(
+                "metric-normalisation", "warning",
+                f"The texts have {spaces:.1%} spaces, and {key} is not true: what is logged as val_wer counts whole texts.",
+                "Without spaces (Mandarin, Japanese, Thai) a text is one word, wrong as a whole for one character: the rate "
+                "stays near 1 while the model learns.",
+                {"share of spaces": round(spaces, 5)}, [f"{key}=true"], 0.9, where=key)
+        return
     if s.get("model.use_cer") is not True:
         return
-    key = s.key("model.use_cer")
     yield Finding(
         "metric-normalisation", "warning",
         f"{key}=true: what is logged as val_wer and wer counts characters.",
@@ -54,6 +66,15 @@ def rates_are_called_what_they_are(subject):
         "anybody's WER the model looks far better than it is, and checkpoints named by val_wer carry it on.",
         {key: True}, [f"{key}=false", "or name it: exp_manager.checkpoint_callback_params.filename without val_wer"], 0.9,
         where=key)
+
+
+def spaces_in(subject) -> float | None:
+    """Share of spaces inside the texts of train; None where there are too few texts, or these are short."""
+    texts = [row["text"].strip() for row in some(subject.rows.get("train", []))] if subject.has("manifests") else []
+    letters = sum(map(len, texts))
+    if len(texts) < FEWEST or letters < SHORT * len(texts):
+        return None
+    return sum(text.count(" ") for text in texts) / letters
 
 
 @check("limits", faults=("monitor-reversed",), needs=("config",))

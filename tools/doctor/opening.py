@@ -8,10 +8,11 @@ from __future__ import annotations
 import copy
 import importlib
 import re
+import zipfile
 from pathlib import Path
 
-from omegaconf import DictConfig, OmegaConf, open_dict
-from omegaconf.errors import OmegaConfBaseException
+from omegaconf import DictConfig, ListConfig, OmegaConf, open_dict
+from omegaconf.errors import OmegaConfBaseException, UnsupportedInterpolationType
 
 from tools.doctor.configs import no_file
 from tools.doctor.finding import Finding
@@ -87,8 +88,12 @@ def is_transducer(model) -> bool:
 
 
 def _not_ctc(name: str) -> ModelUnreadable:
-    line = f"{name} is a transducer or hybrid model: only CTC models are probed"
-    return ModelUnreadable(Finding(NOT_CTC, "note", line, "", {}, [], 1.0))
+    return not_probed(f"{name} is a transducer or hybrid model: only CTC models are probed")
+
+
+def not_probed(why: str) -> ModelUnreadable:
+    """For a model that is not examined, which is no fault of it."""
+    return ModelUnreadable(Finding(NOT_CTC, "note", why, "", {}, [], 1.0))
 
 
 def _that_runs(probe):
@@ -152,10 +157,26 @@ def build(settings):
             kind = EncDecCTCModelBPE if model_cfg.get("tokenizer") else EncDecCTCModel
         OmegaConf.resolve(model_cfg)
         return kind(cfg=model_cfg, trainer=None)
+    except UnsupportedInterpolationType as error:
+        name = str(error).split("\n")[0].rpartition(" ")[2]
+        raise not_probed(f"${{{name}:...}} is resolved by code that is not loaded; pass the live model, or the resolved "
+                         "YAML of the run (hparams.yaml)") from error
     except Exception as error:  # whatever anybody's constructor raises
         where, fix = _blame(error, settings)
+        fix += [why] if (why := not_composed(settings)) else []
         raise does_not_build(error, where, "The configuration and the code that it names do not fit together.",
                              fix) from error
+
+
+def not_composed(settings) -> str:
+    """What a configuration lacks that has a list `defaults:` of Hydra's, in words; "" where it has none."""
+    listed = settings.get("defaults")
+    parts = [part for part in OmegaConf.to_container(listed) if part != "_self_"] if isinstance(listed, ListConfig) else []
+    if not parts:
+        return ""
+    names = [part if isinstance(part, str) else ", ".join(f"{key}: {value}" for key, value in part.items()) for part in parts]
+    return (f"its list `defaults:` ({'; '.join(names)}) was not composed, what those files say is not known; give the whole: "
+            "python SCRIPT.py --cfg job --resolve > whole.yaml")
 
 
 def without_data(model_cfg: DictConfig) -> DictConfig:
@@ -257,7 +278,7 @@ def _from_checkpoint(path: Path, subject: Subject):
     from tools.doctor.configs import Settings
 
     try:
-        saved = torch.load(path, map_location="cpu", weights_only=True)
+        saved = torch.load(path, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(path))
     except Exception:  # Lightning stores the configuration as OmegaConf's classes: allow those and nothing else
         saved = _load_with_config(path)
     weights = saved.get("state_dict", saved) if isinstance(saved, dict) else None
@@ -301,7 +322,7 @@ def _load_with_config(path: Path):
     for _ in range(50):
         try:
             with torch.serialization.safe_globals(allowed):
-                return torch.load(path, map_location="cpu", weights_only=True)
+                return torch.load(path, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(path))
         except Exception as error:  # torch names the first class that it refuses
             named = re.search(r"GLOBAL ((?:nemo|typing)[\w.]*)\.(\w+) was not an allowed", str(error))
             if named is None:

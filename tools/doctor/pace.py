@@ -8,6 +8,8 @@ from contextlib import contextmanager
 
 import torch
 
+from tools.doctor.trace import Trace
+
 
 def settle(device: torch.device) -> None:
     """Waits until a device has done what it was given; what runs on the CPU is done when it returns."""
@@ -68,3 +70,31 @@ class Pace:
         seconds = time.perf_counter() - self.begun
         waited = f"; waited {self.waited:.1f} s for the device" if self.waited > 0.1 else ""
         return f"{self.cost:.2f} s of {seconds:.0f} s, {self.cost / max(seconds, 1e-9):.2%}{waited}"
+
+
+class Waits:
+    """Share of the time from batch to batch that is spent waiting for the next one."""
+
+    MANY = 50  # batches that make a point of the curve, where it is not looked at sooner
+
+    def __init__(self):
+        self._shares: list[float] = []
+        self._ended: float | None = None  # when the batch before was done
+        self._wait: float | None = None
+        self._began = 0.0
+
+    def begins(self, now: float) -> None:
+        """A batch is there."""
+        self._wait, self._began = None if self._ended is None else now - self._ended, now
+
+    def ends(self, now: float, trace: Trace, step: int, stride: int | None) -> None:
+        """It is done; `stride`: batches that make a point where this step is looked at, None where it is not."""
+        if self._wait is not None:
+            self._shares.append(self._wait / max(self._wait + now - self._began, 1e-9))
+        if self._shares and len(self._shares) >= min(stride or self.MANY, self.MANY):
+            trace.add("wait", step, sorted(self._shares)[len(self._shares) // 2])
+            self._shares = []
+
+    def rests(self, waits: bool) -> None:
+        """From now on the time is that of waiting; or of something else, where `waits` is False."""
+        self._ended = time.perf_counter() if waits else None

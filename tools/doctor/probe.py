@@ -25,6 +25,8 @@ HELD = (
     "_optimizer", "_scheduler", "_optimizer_param_groups", "step_stats", "infeasible_seen", "_statistics", "_trainer"
 )
 SPEECH_FRAMES = (190, 320, 250, 280)  # of made-up items, when there is no audio: lengths differ on purpose
+HALF = (torch.float16, torch.bfloat16)
+SHORTEST = 0.8  # seconds of an utterance to probe with
 
 
 def unregistered(model: nn.Module) -> dict[str, nn.Parameter]:
@@ -159,25 +161,34 @@ class Probe:
         return int(self.subject.settings.number("model.preprocessor.features", 80)) if self.subject.settings else 80
 
     def items(self, count: int = 4, longest: float = 6.0) -> list[Item]:
-        """Utterances of the training manifest, spread over it and of different lengths; made-up sound without one."""
-        from recipes.data import read_audio
-
+        """Utterances of the training manifest, spread over it and of different lengths; where it has too few of at most
+        `longest` seconds, the beginnings of longer ones, without their text; made-up sound for what is lacking still."""
         rows = [row for row in self.subject.rows.get("train", []) or next(iter(self.subject.rows.values()), [])
-                if 0.8 <= row["duration"] <= longest and row["text"].strip()]
+                if SHORTEST <= row["duration"] and row["text"].strip()]
+        found = self._read([row for row in rows if row["duration"] <= longest], count)
+        if len(found) < count:
+            cut = [{**row, "duration": longest * (0.7 + 0.3 * (k % 7) / 6), "offset": row.get("offset", 0), "text": ""}
+                   for k, row in enumerate(rows) if row["duration"] > longest]
+            found += self._read(cut, count - len(found))
+        made = [Item(made_up_sound(frames * self.sample_rate // 100, self.sample_rate, seed), "")
+                for seed, frames in enumerate(SPEECH_FRAMES * (count // 4 + 1))]
+        return found + made[: count - len(found)]
+
+    def _read(self, rows: list[dict], count: int) -> list[Item]:
+        """At most so many items of rows drawn from these: of those whose audio can be read and is not silent."""
+        from tools.doctor.audio import read_at
+
         found = []
-        order = [rows[i] for i in random.Random(self.subject.seed).sample(range(len(rows)), min(len(rows), 6 * count))]
-        for row in order:
+        for i in random.Random(self.subject.seed).sample(range(len(rows)), min(len(rows), 6 * count)):
             if len(found) == count:
                 break
             try:
-                samples = read_audio(row, self.sample_rate)
+                samples = read_at(rows[i], self.sample_rate)
             except (RuntimeError, ValueError):
                 continue  # the data family says so
             if np.isfinite(samples).all() and np.abs(samples).max() > 1e-4:
-                found.append(Item(samples, row["text"], row))
-        made = [Item(made_up_sound(frames * self.sample_rate // 100, self.sample_rate, seed), "")
-                for seed, frames in enumerate(SPEECH_FRAMES * (count // 4 + 1))]
-        return found if len(found) == count else found + made[: count - len(found)]
+                found.append(Item(samples, rows[i]["text"], rows[i]))
+        return found
 
     def audio_batch(self, items: list[Item]) -> tuple[Tensor, Tensor]:
         """Padded (B, samples) float32 and lengths (B)."""
@@ -227,6 +238,10 @@ class Probe:
 
     def forward(self, x: Tensor, lengths: Tensor) -> tuple[Tensor, Tensor]:
         """Features (B, D, T), lengths (B) to (log-probs (B, T', V+1) float32, lengths (B)), in the current mode."""
+        encoder = getattr(self.model, "encoder", self.model)
+        weight = next((p for p in encoder.parameters() if p.is_floating_point()), None)
+        # A preprocessor gives features of the model's own precision; those made up here are float32.
+        x = x if weight is None else x.to(weight.dtype)
         out = self.model.forward(processed_signal=x, processed_signal_length=lengths)
         return out[0].float(), out[1]
 
@@ -242,7 +257,8 @@ class Probe:
 
     @contextlib.contextmanager
     def ready(self, train: bool = False, calibrate: bool = True, own_dropout: bool = False) -> Iterator[None]:
-        """`untouched`, without chance (dropout, masks, dither), in eval mode or train mode.
+        """`untouched`, without chance (dropout, masks, dither), in eval mode or train mode, and in float32: the rounding of
+        half precision is larger than the differences that the probes look for.
 
         `own_dropout` True leaves dropouts on that are not torch's.
 
@@ -250,10 +266,11 @@ class Probe:
         probe's own batch, as training would set them.
         """
         with untouched(self.model):
-            torch.manual_seed(0)
+            seed_all(0)
             self.model.train()
             undo = without_chance(self.model, own=not own_dropout)
             try:
+                in_full_precision(self.model, undo)
                 if calibrate and not train and any("running_mean" in name for name, _ in self.model.named_buffers()):
                     self.calibrate()
                 self._wake_up()
@@ -335,6 +352,26 @@ class NoDropout(TorchFunctionMode):
         return function(*args, **kwargs)
 
 
+def seed_all(seed: int) -> None:
+    """Seeds every generator that a model may draw from; `untouched` puts their states back."""
+    random.seed(seed)
+    np.random.seed(seed)
+    torch.manual_seed(seed)
+
+
+def in_full_precision(model: nn.Module, undo: list) -> None:
+    """Puts float32 copies in place of parameters and buffers of half precision; adds the calls that undo it to `undo`.
+    Buffers are put back by `untouched`."""
+    for p in model.parameters():
+        if p.dtype in HALF:
+            undo.append(lambda p=p, data=p.data: setattr(p, "data", data))
+            p.data = p.data.float()
+    for module in model.modules():
+        for name, buffer in module._buffers.items():
+            if buffer is not None and buffer.dtype in HALF:
+                module._buffers[name] = buffer.float()
+
+
 def own_dropouts(model: nn.Module) -> list[tuple[nn.Module, str]]:
     """(module, attribute) of the rates of dropouts that are not torch's: any number whose name says so."""
     return [(module, name) for module in model.modules() for name, value in vars(module).items()
@@ -343,7 +380,8 @@ def own_dropouts(model: nn.Module) -> list[tuple[nn.Module, str]]:
 
 
 def without_chance(model: nn.Module, own: bool = True) -> list:
-    """Switches off dropout of every kind, spectrogram masks, added noise and dither; returns the calls that undo it.
+    """Switches off dropout of every kind, spectrogram masks, added noise, dither and the draw of a streaming encoder
+    among its contexts; returns the calls that undo it.
 
     `own` False leaves those dropouts on that are not torch's.
     """
@@ -363,6 +401,10 @@ def without_chance(model: nn.Module, own: bool = True) -> list:
             put(module, "dither", 0.0)
         if isinstance(vars(module).get("layer_drop_probs"), list):
             put(module, "layer_drop_probs", [0.0] * len(module.layer_drop_probs))
+        # In training NeMo's streaming encoders draw one of several contexts.
+        if len(vars(module).get("att_context_size_all") or ()) > 1 and hasattr(module, "att_context_probs"):
+            put(module, "att_context_size_all", [module.att_context_size])
+            put(module, "att_context_probs", [1.0])
     for module, name in own_dropouts(model) if own else ():
         put(module, name, 0.0)
     for name in ("spec_augmentation", "noise_and_rooms"):  # masks; rooms and noise of our models

@@ -15,12 +15,15 @@ from tools.doctor.nonfinite import NOT_SAID, non_finite
 from tools.doctor.rates import learning_rate
 from tools.doctor.registry import NotExamined, check
 from tools.doctor.silent import silent, wordless
-from tools.doctor.trace import EARLY_STEPS, LATE_STEPS, LETTERS_ONLY, OVER_STEPS, Trace, shape
+from tools.doctor.trace import EARLY_STEPS, LATE_STEPS, LEARNED, LETTERS_ONLY, OVER_STEPS, Trace, shape
 from tools.doctor.unmoved import undone, unmoved, uphill
 
 BLANK, LETTER = 0.97, 0.9
 SLOW_DATA = 0.3
+HEARD_CER = 0.6  # below it the audio was used
 OTHER_UNIT = 5.0  # a first validation's loss by the train loss: above it is counted in another unit
+CHARACTERS = ("; the texts have hardly any spaces, so the word error rate counts whole utterances: model.use_cer=true "
+              "counts characters")
 HIDDEN_WARNING, HIDDEN_STOPS = 0.001, 0.3  # share of utterances whose loss is infinite
 
 
@@ -35,7 +38,7 @@ def progress(trace: Trace) -> list[Finding]:
         if found := wordless(trace, curve, _general(trace)):
             return [found]
         raise NotExamined("the loss has an unknown unit, and no error rate says that it has learned: its plateau "
-                          "cannot be told")
+                          "cannot be told" + (CHARACTERS if trace.counts_sentences else ""))
     blank, letter = _late(trace, "blank_rate"), _late(trace, "letter_rate")
     plots = _progress_plots(trace)
     outputs = {"loss at the end": curve.last, "level of letters alone": curve.level, "last step": curve.last_step}
@@ -259,6 +262,8 @@ def _only_by_heart(trace: Trace, train) -> Finding | None:
     wers = [(s, v) for s, v in trace.get("val_wer") if math.isfinite(v)]
     if not wers or train is None or not train.level or wers[-1][0] < 50 or wers[-1][1] < 0.9:
         return None
+    if trace.counts_sentences or _validation_learned(trace, train.level):
+        return None
     then = [v for s, v in trace.get("loss") if 0.8 * wers[-1][0] <= s <= wers[-1][0] and math.isfinite(v)]
     if not then or median(then) > 0.3 * train.level:
         return None
@@ -273,6 +278,14 @@ def _only_by_heart(trace: Trace, train) -> Finding | None:
          "probed", "more utterances"], 0.6,
         plots=[trace.plot("Train loss", {"loss": "train"}, "loss", level=True),
                trace.plot("Word error rate", {"val_wer": "validation"}, "WER")])
+
+
+def _validation_learned(trace: Trace, level: float) -> bool:
+    """Whether the validation has been learned too, whatever its word error rate: by its characters, else by its loss."""
+    if cers := trace.values("val_cer"):
+        return cers[-1] < HEARD_CER
+    losses = trace.values("val_loss")
+    return bool(losses) and losses[-1] < (LEARNED * level if _same_size(trace) else 0.5 * max(losses))
 
 
 def slow_data(trace: Trace) -> list[Finding]:

@@ -21,6 +21,7 @@ RANGES = {
     "adadelta": (1e-2, 2.0, 20.0), "adagrad": (1e-4, 0.1, 1.0),  # torch's own defaults are 1 and 0.01
 }
 ADAM_LIKE = (2e-5, 1e-2, 0.05)
+FROM_SCRATCH = 20  # by which rates from scratch lie below the highest of their optimizer, at the most: 5e-4 for AdamW
 USUAL_EPOCHS = 100  # where nothing says how many a run will have
 EPOCH_SCHEDULERS = {"ExponentialLR", "ReduceLROnPlateau"}  # NeMo 3.0.0 steps these once an epoch
 
@@ -110,6 +111,15 @@ def plan(subject) -> Plan:
                        "optimizer": s.get("model.optim.name", "-"), "steps": p.steps, "warm-up steps": p.warmup})
     subject._plan = p
     return p
+
+
+@check("schedule", faults=(), needs=("config",))
+def whole(subject):
+    """The configuration is whole."""
+    from tools.doctor.opening import not_composed
+
+    if why := not_composed(subject.settings):
+        raise NotExamined(why)
 
 
 def devices_of(s) -> int:
@@ -232,6 +242,15 @@ def peak_rate(subject):
             "another "
             "run).", confidence=0.9, fix=[f"{s.key('model.optim.sched.max_steps')}={p.steps}, or leave it "
                                           "out"], **common)
+    if started and high / FROM_SCRATCH < p.peak <= high:
+        yield Finding(
+            "lr-too-high", "warning",
+            f"The run starts from trained weights, and its learning rate peaks at {p.peak:.3g}"
+            + (f" (the multiplier {p.lr:g} resolved)" if noam else "") + ", as one from scratch.",
+            "Steps of that size carry the weights away from what they have learned: the error rate rises at first, and may not "
+            "come back with little data.", confidence=0.6,
+            fix=[f"{key}={unit(p.peak / 10)}, and a warm-up", "it may be meant where all but a new decoder is frozen"],
+            **common)
 
 
 @check("schedule", faults=("warmup-too-long", "warmup-missing"), needs=("config",))

@@ -38,12 +38,13 @@ def silent(trace: Trace, curve, causes_of, fix: list[str]) -> Finding | None:
 
 
 def wordless(trace: Trace, curve, fix: list[str]) -> Finding | None:
-    """Validations without a word right, long after the start."""
+    """Validations without a word right, long after the start; where a word is no whole utterance."""
     rates = trace.values("val_wer")
-    if len(rates) < RATES or min(rates) < ALL or not _settled(trace, curve):
+    if len(rates) < RATES or min(rates) < ALL or not _settled(trace, curve) or trace.counts_sentences:
         return None
+    for_good = len(rates) >= 2 * RATES and _steps(trace) >= 5 * LATE_STEPS
     return Finding(
-        "run-plateau", "warning",
+        "run-plateau", "prevents" if for_good else "warning",
         f"After {trace.last_step} steps none of {len(rates)} validations had a word error rate under {min(rates):.0%}.",
         "The model has learned nothing of the audio, or too little for a word.",
         {"best word error rate": min(rates), "loss at the end": curve.last, "last step": trace.last_step}, fix, 0.6,

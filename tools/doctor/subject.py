@@ -10,14 +10,19 @@ import math
 import os
 import re
 import time
+from collections.abc import Callable, Iterator
 from dataclasses import replace
 from functools import cached_property, partial
 from pathlib import Path
 from typing import Any
 
-from manifests.schema import LABELS, ManifestError, Problem, resolve_audio, scan_manifest
-from tools.doctor.configs import ConfigUnreadable, Settings, load_config, no_file
+from omegaconf import DictConfig, ListConfig
+
+from manifests.schema import LABELS, Line, ManifestError, Problem, resolve_audio, scan_manifest
+from tools.doctor.configs import DATA_SECTIONS, ConfigUnreadable, Settings, load_config, no_file
 from tools.doctor.finding import Finding
+from tools.doctor.loading import option
+from tools.doctor.sources import Source, adapted
 
 ROLES = ("train", "validation", "test")
 MODEL_SUFFIXES = (".nemo", ".ckpt", ".pt")
@@ -31,6 +36,7 @@ class Subject:
         manifests: role -> list of paths (str).
         run: the run's folder (Path) or None.
         seed: for whatever a check draws at random.
+        skipped: path of a manifest -> rows that lhotse's loader leaves out (`_skipme`), and so does this.
         findings: what is wrong with the inputs themselves.
     """
 
@@ -45,6 +51,7 @@ class Subject:
         self.run = None if run is None else Path(run)
         self.settings: Settings | None = None
         self.manifests: dict[str, list[str]] = {}
+        self.skipped: dict[str, int] = {}
         self.findings: list[Finding] = []
         self._probe = None
         self._model_failed = False
@@ -115,6 +122,7 @@ class Subject:
             self.settings = Settings.of_live(self.given_model)
 
     def _open_manifests(self) -> None:
+        self.__dict__.pop("_sources", None)
         given = self.given_manifests
         if isinstance(given, (str, Path)):
             given = {"train": given}
@@ -237,17 +245,63 @@ class Subject:
         found: dict[str, list[dict[str, Any]]] = {}
         for role, paths in self.manifests.items():
             rows = found.setdefault(role, [])
+            channel = self._channel(role)
             for path in paths:
                 try:
-                    for line in scan_manifest(path):
+                    for line in self.scan(path):
                         if line.row is not None and not any(map(partial(spoils, line.row), line.problems)):
                             row = {name: value for name, value in line.row.items() if value is not None}
                             row["audio_filepath"] = resolve_audio(row, path)
                             row["_at"] = f"{os.path.normpath(path)}:{line.number}"  # as the validator names it
+                            if channel is not None:  # lhotse takes the name of a field that holds it, too
+                                row["_channel"] = row.get(channel, channel) if isinstance(channel, str) else channel
                             rows.append(row)
                 except ManifestError:
                     continue  # the data family says so
         return found
+
+    def scan(self, path: str | os.PathLike, on_blank: Callable[[int], None] | None = None) -> Iterator[Line]:
+        """The lines of one of the manifests as the loader of its data section reads them; else as scan_manifest."""
+        name = os.path.normpath(path)
+        source = self._sources.get(name, Source(os.fspath(path)))
+        self.skipped[name] = 0
+        for line in scan_manifest(path, on_blank=on_blank):
+            if source.reader == "lhotse" and line.row is not None and line.row.get("_skipme"):
+                self.skipped[name] += 1
+            else:
+                yield adapted(line, source)
+
+    @cached_property
+    def _sources(self) -> dict[str, Source]:
+        """Path of a manifest -> how its lines are read."""
+        found = {}
+        for role, paths in self.manifests.items():
+            usual = self.settings.options(role) if self.settings is not None else Source()
+            found |= {os.path.normpath(path): usual._replace(path=path) for path in paths}
+        for role in self.manifests.keys() & DATA_SECTIONS.keys() if self.settings is not None else ():
+            for source in self.settings.sources(role)[0]:
+                parts = {os.path.normpath(part): source._replace(path=part) for part in expanded(source.path)}
+                found |= {path: part for path, part in parts.items() if path in found}
+        return found
+
+    def _channel(self, role: str) -> Any:
+        """What the data section of a role says of channels, where its loader reads it."""
+        chosen = option(self.settings, role, "channel_selector")
+        return list(chosen) if isinstance(chosen, ListConfig) else chosen
+
+    def not_read(self) -> list[str]:
+        """What the configuration names as data to train with, and nothing here reads; a line each."""
+        section = self.settings.get("model.train_ds") if self.settings is not None else None
+        if self.given_manifests is not None or not isinstance(section, DictConfig):
+            return []
+        named, other = self.settings.sources("train")
+        told = any(finding.where in {part for source in named for part in expanded(source.path)}
+                   for finding in self.findings)
+        if self.manifests.get("train") or told:
+            return [f"data, audio, pairs: a part of the train data is no manifest ({', '.join(other[:5])})"] * bool(other)
+        what = (f"names manifests that are not here ({named[0].path})" if named else
+                "names no manifest that can be read (" + (", ".join(other[:5]) or "input_cfg/shar/cuts") + ")")
+        return [f"data, audio, pairs: the train section {what}: --train"]
 
     def seconds_left(self) -> float:
         """Of the budget. On a machine that is shared, waiting for one's turn counts by a third only."""

@@ -4,16 +4,27 @@ small words. Told from the texts alone; where transcripts lie beside the audio, 
 
 from __future__ import annotations
 
+import re
 from collections import Counter
 
 from tools.doctor.finding import Finding
-from tools.doctor.languages import FEWEST, PART, ROWS, USUAL, most_likely, plain_words
+from tools.doctor.languages import FEWEST, PART, ROWS, USUAL, most_likely, plain_words, some
 from tools.doctor.registry import NotExamined, check
 
 CUT, STEEP = 0.03, 8  # share of texts of exactly the largest length, and times as many as of lengths just below
 LETTERS = 25  # without a space: longer than words are
 SPACED = 0.3  # share of the other texts that must have spaces
 LONG, ONCE = 30, 0.9  # words of a text, of which in every language some stand twice; share of such texts in which none does
+MARKED = 0.01  # share of texts with marks that nobody speaks, from which on it is said
+MARKS = {  # what a text holds that is no speech -> how it is told
+    "marks of noises or of what was not understood": re.compile(
+        r"\[[^\[\]]{1,30}\]|<(?:unk|noise|sil|spn|spoken_noise|s)>", re.I),
+    "tags or entities of HTML": re.compile(
+        r"</?(?:i|b|u|p|br|em|font|span|div|strong)\b[^<>]{0,80}>|&(?:amp|quot|lt|gt|nbsp|#\d+);", re.I),
+    "letters of UTF-8 that was read as another encoding": re.compile(
+        "[\u00c2\u00c3\u00e2\u00e3][\u0080-\u009f\u00a1-\u00aa\u00ac-\u00ba\u00bc-\u00bf]|\u00e2\u20ac|\ufffd"),
+    "| for spaces": re.compile(r"(?<=\S)\|(?=\S)"),
+}
 LACKING = 0.3  # share of small words in train, by that in validation, under which they were taken out
 
 
@@ -22,16 +33,42 @@ def texts_are_whole(subject):
     """Texts are whole: with their ends, spaces and small words, in the order in which they are said."""
     judged = False
     for role, rows in subject.rows.items():
-        rows = [row for row in rows if row["text"].strip()]
+        rows = some([row for row in rows if row["text"].strip()])
         if len(rows) < FEWEST:
             continue
         judged = True
         yield from filter(None, (_cut(role, rows), _unspaced(role, rows), _once(role, rows)))
     if not judged:
         raise NotExamined(f"takes {FEWEST} texts")
-    train, other = (small_words([row["text"] for row in subject.rows.get(role, ())]) for role in ("train", "validation"))
+    train, other = (small_words([row["text"] for row in some(subject.rows.get(role, []))]) for role in ("train", "validation"))
     if train is not None and other is not None and other[1] >= USUAL and train[1] < LACKING * other[1]:
         yield _lacking(subject.rows["train"], train[1], *other)
+
+
+@check("pairs", faults=("data-mismatched-text",), needs=("manifests",))
+def texts_hold_what_is_spoken(subject):
+    """Texts hold words, no marks of a transcriber, tags or broken letters."""
+    if subject.labels is not None:
+        return  # of characters, those that are no labels are told in data.py
+    for role, rows in subject.rows.items():
+        texts = some(rows)
+        for what, pattern in MARKS.items():
+            found = [row for row in texts if pattern.search(row["text"])]
+            if len(found) >= max(ROWS, MARKED * len(texts)):
+                yield _marked(role, what, pattern, found, len(texts))
+
+
+def _marked(role: str, what: str, pattern: re.Pattern, found: list[dict], of: int) -> Finding:
+    seen = Counter(mark.lower() for row in found for mark in pattern.findall(row["text"]))
+    return Finding(
+        "data-mismatched-text", "warning",
+        f"{len(found)} of {of} texts of {role} hold {what}: {', '.join(repr(mark) for mark, _ in seen.most_common(5))}.",
+        "A tokenizer of pieces spells whatever it is given: the model is taught to print what nobody says, and an error rate "
+        "counts it.",
+        {"texts": len(found), "of": of, "most frequent": dict(seen.most_common(10)),
+         "first": [f"{row['_at']}: {row['text'][:60]!r}" for row in found[:3]]},
+        ["take them out of the texts (or decode these as UTF-8), then train the tokenizer again; a mark that is to be learned "
+         "belongs into it as one symbol"], 0.7, where=found[0]["_at"])
 
 
 def small_words(texts: list[str]) -> tuple[str, float] | None:

@@ -12,8 +12,10 @@ from statistics import fmean, median
 
 from tools.doctor.finding import Plot
 
-# Nats a character of English predicted by the best model that hears nothing (tools.report.curve draws the same line).
+# Nats a character of English predicted by the best model that hears nothing (tools.report.curve draws the same line);
+# of other texts it is measured (units.py).
 LETTERS_ONLY = 2.85
+SPACELESS = 0.02  # share of spaces, 0.18 in English: below it a "word" is mostly a whole utterance
 LEARNED = 0.8  # of that level: below it the audio has been used
 RANDOM = 0.93  # above this share of it nothing was learned
 
@@ -84,6 +86,8 @@ class Trace:
     still: list[str] | None = None  # parameters that never had a gradient; None: not looked at
     still_share: float = 0.0  # of all parameters
     settings: object = None  # configs.Settings, or None
+    spaces: float | None = None  # share of them in the train texts
+    first_batch: list[int] = field(default_factory=list)  # keys of its texts, in a run on several devices
     reported: set[str] = field(default_factory=set)  # ids in the report that the callback left
     messages: list[tuple[str, str]] = field(default_factory=list)  # (where, line) of logs that matter
     hypotheses: list[str] = field(default_factory=list)  # that NeMo wrote to the log, oldest first
@@ -126,6 +130,17 @@ class Trace:
         lines += [",".join([str(step), *(f"{row[n]:.6g}" if n in row else "" for n in names)]) for step,
             row in sorted(rows.items())]
         write_atomic(path, ("\n".join(lines) + "\n").encode())
+
+    @property
+    def counts_sentences(self) -> bool:
+        """Whether the word error rate is one of whole utterances, because texts hold hardly any space: it stays near 1
+        while most characters are right."""
+        if self.settings is not None and self.settings.get("model.use_cer"):
+            return False
+        share = self.spaces
+        if share is None and self.utterances_seen >= 8 and all(len(label) == 1 for label in self.target_share):
+            share = self.target_share.get(" ", 0.0) if self.target_share else None
+        return share is not None and share < SPACELESS
 
     @property
     def last_step(self) -> int:

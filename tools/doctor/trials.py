@@ -4,11 +4,18 @@ From the configuration; no torch."""
 
 from __future__ import annotations
 
+import math
+import os
+from pathlib import Path
+
 from tools.doctor.finding import Finding
+from tools.doctor.languages import some
 from tools.doctor.registry import NotExamined, check
 from tools.doctor.schedule import plan
+from tools.doctor.tokenizer import parts
 from tools.doctor.trained import started_from
 
+AN_EPOCH = 50  # batches, fewer are no epoch of anybody's
 SMALL = 0.5  # share of the train batches, under which the limit is said
 
 
@@ -20,13 +27,31 @@ def trainer_takes_all(subject):
         raise NotExamined("there is no trainer section")
     given = {name: s.get(f"trainer.{name}") for name in ("fast_dev_run", "overfit_batches", "limit_train_batches")}
     try:
-        batches = plan(subject).steps_a_pass
-        batches = batches and batches * plan(subject).accumulate
+        p = plan(subject)
+        batches = p.steps_a_pass and p.steps_a_pass * p.accumulate
     except NotExamined:
-        batches = None
+        p = batches = None
+    if p is not None and is_epoch_by_number(s, given["limit_train_batches"], batches, p.accumulate):
+        given["limit_train_batches"] = None
     found = left_from_a_trial(given, batches, s.key("trainer"))
     if found is not None:
         yield found
+
+
+def is_epoch_by_number(s, limit, batches: float | None, accumulate: int) -> bool:
+    """Whether `limit_train_batches` is meant to be an epoch of some batches, of data that is passed through all the same:
+    each takes others of what was shuffled."""
+    if isinstance(limit, bool) or not isinstance(limit, (int, float)):
+        return False
+    if isinstance(limit, float):
+        limit = limit * batches if batches else 0
+    if limit < AN_EPOCH:
+        return False
+    if s.reader("train") == "lhotse":  # whose sampler goes on where it was, or never ends
+        return True
+    epochs, steps = s.number("trainer.max_epochs", -1), s.number("trainer.max_steps", -1)
+    taken = min(limit * epochs if epochs > 0 else math.inf, steps * accumulate if steps > 0 else math.inf)
+    return bool(s.get("model.train_ds.shuffle")) and bool(batches) and batches <= taken < math.inf
 
 
 def left_from_a_trial(given: dict, batches: float | None, key: str = "trainer") -> Finding | None:
@@ -56,6 +81,64 @@ def left_from_a_trial(given: dict, batches: float | None, key: str = "trainer") 
             {name: value, "batches of an epoch": batches and round(batches)},
             [f"take {key}.{name} out"], 0.9, where=f"{key}.{name}")
     return None
+
+
+@check("limits", faults=("data-filtered",), needs=("config", "manifests"))
+def options_keep_the_rows(subject):
+    """No option of the train section leaves most of its rows out."""
+    s, rows = subject.settings, subject.rows.get("train", [])
+    if s.recipe:
+        return
+    reader, key = s.reader("train"), s.key("model.train_ds")
+    low, high = s.number("model.train_ds.min_duration", 0.0), s.number("model.train_ds.max_duration", math.inf)
+    kept = sum(low <= row["duration"] <= high for row in rows)
+    most = s.number("model.train_ds.max_utts", 0)
+    if reader == "nemo" and not s.get("model.train_ds.is_tarred") and 0 < most < SMALL * kept:
+        yield _left_out(
+            f"{key}.max_utts={most:g} takes the first {most:g} of the {kept} utterances of train.",
+            {"max_utts": most, "utterances": kept}, f"take {key}.max_utts out", f"{key}.max_utts")
+    if reader != "lhotse":
+        return
+    manifests = subject.manifests.get("train", [])
+    skipped = sum(subject.skipped.get(os.path.normpath(path), 0) for path in manifests)
+    if skipped > SMALL * (skipped + len(rows)):
+        yield _left_out(
+            f"{skipped} of {skipped + len(rows)} rows of train say `_skipme`: lhotse's loader leaves them out.",
+            {"rows": skipped, "of": skipped + len(rows)}, "take the field out of the rows that are to be learned",
+            manifests[0], stops=not rows)
+    yield from _left_by_rate(subject, rows, key)
+
+
+def _left_by_rate(subject, rows: list[dict], key: str):
+    """What lhotse's limits of tokens a second leave out. Of characters NeMo counts none: it hands lhotse no tokenizer."""
+    s = subject.settings
+    low, high = s.number("model.train_ds.min_tps", -1.0), s.number("model.train_ds.max_tps", math.inf)
+    if s.get("model.tokenizer") is None or s.get("model.train_ds.pretokenize") is False or low <= 0 and high == math.inf:
+        return
+    found = parts(s)
+    if not all(part.kind == "bpe" and Path(part.path).is_file() for part in found):
+        raise NotExamined(f"{key}.min_tps and max_tps count tokens of a tokenizer that is not here, or of word pieces")
+    import sentencepiece
+
+    models = {part.language: sentencepiece.SentencePieceProcessor(model_file=part.path) for part in found}
+    texts = [(row, models.get("") or models.get(row.get("lang"))) for row in some(rows)]
+    rates = sorted(len(model.encode(row["text"])) / row["duration"] for row, model in texts if model is not None)
+    slow, fast = sum(rate < low for rate in rates), sum(rate > high for rate in rates)
+    if slow + fast <= SMALL * len(rates):  # of no rows too
+        return
+    name, limit = ("min_tps", low) if slow > fast else ("max_tps", high)
+    yield _left_out(
+        f"{key}.{name}={limit:g} leaves out {slow + fast} of {len(rates)} utterances of train: they have "
+        f"{rates[len(rates) // 2]:.1f} tokens a second (median).",
+        {"slower": slow, "faster": fast, "of": len(rates)}, f"take {key}.{name} out", f"{key}.{name}",
+        stops=slow + fast == len(rates))
+
+
+def _left_out(symptom: str, evidence: dict, fix: str, where: str, stops: bool = False) -> Finding:
+    return Finding(
+        "data-filtered", "prevents" if stops else "warning", symptom,
+        "It is left from a trial or from other data. Loaders leave rows out without a word: the model learns by heart what "
+        "is left, and validation gets no better.", evidence, [fix], 0.9, where=where)
 
 
 @check("limits", faults=("frozen",), needs=("config",))

@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-from tools.doctor.audio import same_audio
+from tools.doctor.audio import READ, same_audio
 from tools.doctor.data import EXAMPLES, by_file, examples, lines_of, role_of
 from tools.doctor.finding import Finding
-from tools.doctor.registry import check
+from tools.doctor.registry import NotExamined, check
 from tools.doctor.transcripts import alike, words_of
 
 WRONG = 0.3  # share of a train manifest's texts that are of other audio, from which on it does not learn
@@ -20,11 +20,16 @@ def duplicates(subject):
         finding = _duplicate(file, utterances, lines_of(found), examples(found), found[0].line)
         _tell_texts(finding, told_apart(_rows_of(subject, file)), utterances, role_of(subject, file) == "train")
         yield finding
+    unread = 0
     for role, rows in subject.rows.items():
-        twice = [(a, b) for a, b in same_audio(rows) if a["_at"].rpartition(":")[0] == b["_at"].rpartition(":")[0]]
+        pairs, left = same_audio(rows)
+        unread += left
+        twice = [(a, b) for a, b in pairs if a["_at"].rpartition(":")[0] == b["_at"].rpartition(":")[0]]
         if twice and (file := twice[0][1]["_at"].rpartition(":")[0]) not in named:
             first = [f"{b['audio_filepath']} is a copy of {a['audio_filepath']}" for a, b in twice[:EXAMPLES]]
             yield _duplicate(file, len(rows), len(twice), first, int(twice[0][1]["_at"].rpartition(":")[2]))
+    if unread:
+        raise NotExamined(f"{unread} pairs of files of one text and duration, once {READ / 2**30:.0f} GiB had been read")
 
 
 def _duplicate(file: str, utterances: int, count: int, first: list[str], line: int) -> Finding:

@@ -6,7 +6,8 @@ import pytest
 
 torch = pytest.importorskip("torch")
 
-from tools.doctor.delivered import Delivered
+from tools.doctor.configs import load_config
+from tools.doctor.delivered import Delivered, moving
 from tools.doctor.registry import NotExamined
 
 RATE = 16000
@@ -59,6 +60,34 @@ def test_audio_that_is_cut(tmp_path, rows):
     [found] = delivered(tmp_path, rows, lambda s, t: ([min(x, 2.5) for x in s], t)).judge()
     assert (found.id, found.weight) == ("data-duration-wrong", "prevents")
     assert found.evidence["longest delivered"] == pytest.approx(2.5, abs=0.01)
+
+
+def shorter(seconds, texts):
+    """Silence cut off: more of it in one row than in the next."""
+    return [x * (0.45 + 0.1 * (k % 5)) for k, x in enumerate(seconds)], texts
+
+
+def longer(seconds, texts):
+    return [max(x, 4.5) for x in seconds], texts
+
+
+@pytest.mark.parametrize("change", [shorter, longer])
+def test_audio_that_is_moved_one_way_is_no_other_text(tmp_path, rows, change):
+    [found] = delivered(tmp_path, rows, change).judge()
+    assert (found.id, found.weight) == ("data-duration-wrong", "warning")
+    seen = delivered(tmp_path, rows, change)
+    seen.options = moving(load_config({"model": {"train_ds": {"trim_silence": True}}}))
+    with pytest.raises(NotExamined, match="model.train_ds.trim_silence of the loader"):
+        seen.judge()
+
+
+def test_texts_of_other_lines_are_told_with_silence_cut_off_too(tmp_path, rows):
+    texts = [row["text"] for row in rows]
+    seen = delivered(tmp_path, rows, lambda s, t: (s, [texts[(texts.index(text) + 19) % 48] for text in t]))
+    seen.options = ["model.train_ds.trim_silence"]
+    [found] = seen.judge()
+    assert (found.id, found.weight) == ("data-mismatched-text", "prevents")
+    assert moving(None) == moving(load_config({"model": {"train_ds": {"trim_silence": False}}})) == []
 
 
 def test_labels_numbered_otherwise(tmp_path, rows):

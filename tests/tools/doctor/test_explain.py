@@ -212,7 +212,7 @@ def test_how_it_ended(tmp_path):
         "torch.OutOfMemoryError: CUDA out of memory. Tried to allocate 2 GiB\n")
     found = next(f for f in explain(folder).findings if f.id == "run-ended")
     assert "CUDA out of memory" in found.symptom and "300 of 1000" in found.symptom
-    assert "global_batch_seconds" in found.fix[0]
+    assert "model.train_ds.batch_size" in found.fix[0]
 
 
 # ---- anybody's run ---------------------------------------------------------------------------------------------

@@ -267,7 +267,7 @@ def test_how_a_run_ended_is_saved_before_its_model_is_probed(tmp_path, monkeypat
     assert asked == [True] * probed
     ended = [f for f in explain(tmp_path).findings if f.id == "run-ended"]
     assert len(ended) == 1 and type(error).__name__ in ended[0].symptom and ended[0].weight == "warning"
-    assert ("global_batch_seconds" in ended[0].fix[0]) == probed and ended[0].evidence["planned"] == 8
+    assert ("a smaller model.train_ds.batch_size" in ended[0].fix[0]) == probed and ended[0].evidence["planned"] == 8
     assert doctor.report().findings[0].id != "run-ended"
 
 
