@@ -276,3 +276,13 @@ def test_a_validation_loss_an_utterance_is_not_drawn_in_nats_a_character(unit, t
                        val_loss=lambda s: unit * (2 + s / 1000) if s % 200 == 0 else None)
     titles = [plot.title for plot in overfitting(rises)[0].plots]
     assert titles == (["Loss"] if together else ["Train loss", "Validation loss"])
+
+
+def test_before_anything_is_learned_the_shortest_text_is_no_other_rows_text(tmp_path):
+    """To random weights every utterance is likeliest to be the shortest text of validation."""
+    from tests.tools.doctor.faults import faults
+    from tests.tools.doctor.table import judge
+
+    [fault] = [fault for fault in faults() if fault.name == "padding_in_batchnorm"]
+    row = judge(fault, tmp_path)
+    assert row.rank == 1 and "data-mismatched-text" not in {finding.id for finding in row.findings}
