@@ -10,6 +10,8 @@ from __future__ import annotations
 import ctypes
 import os
 
+CHOSEN = "RECIPES_OMP_NUM_THREADS"  # the number that set_threads has put into OMP_NUM_THREADS, inherited with it
+
 
 def usable_cores() -> int:
     """Processor cores that this process may run on (the affinity mask, not the machine's count), at least 1."""
@@ -33,7 +35,11 @@ def set_threads(processes: int = 1) -> int:
     os.environ.setdefault("ONEDNN_PRIMITIVE_CACHE_CAPACITY", "16384")
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
     os.environ.setdefault("GOMP_SPINCOUNT", "20000")  # of GNU OpenMP, which torch's wheels bring; others pass over it
-    return int(os.environ.setdefault("OMP_NUM_THREADS", str(max(usable_cores() // processes, 1))).split(",")[0])
+    # What a parent chose for itself is no wish of the user's: two processes of a training that the ladder starts, with as
+    # many threads each as it has cores, took ten times as long.
+    if os.environ.get("OMP_NUM_THREADS") in (None, os.environ.get(CHOSEN)):
+        os.environ["OMP_NUM_THREADS"] = os.environ[CHOSEN] = str(max(usable_cores() // processes, 1))
+    return int(os.environ["OMP_NUM_THREADS"].split(",")[0])
 
 
 def keep_memory() -> bool:

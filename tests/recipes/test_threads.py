@@ -4,6 +4,8 @@ import os
 import subprocess
 import sys
 
+import pytest
+
 from recipes import threads
 from tests.conftest import ROOT
 
@@ -47,9 +49,22 @@ def test_room_for_compiled_shapes_is_asked_for_before_torch_and_the_user_has_the
     assert run(ONEDNN_PRIMITIVE_CACHE_CAPACITY="77").split() == ["77", "False"]
 
 
-def test_processes_of_one_machine_share_its_cores(monkeypatch):
+@pytest.fixture
+def no_threads_chosen(monkeypatch):
+    for name in ("OMP_NUM_THREADS", threads.CHOSEN):
+        monkeypatch.setenv(name, "")  # so that it is put back
+        monkeypatch.delenv(name)
     monkeypatch.setattr(threads, "usable_cores", lambda: 8)
-    for processes, each in [(1, 8), (3, 2), (16, 1)]:
-        monkeypatch.setenv("OMP_NUM_THREADS", "")  # so that it is put back
-        monkeypatch.delenv("OMP_NUM_THREADS")
-        assert threads.set_threads(processes) == each
+
+
+@pytest.mark.parametrize("processes, each", [(1, 8), (3, 2), (16, 1)])
+def test_processes_of_one_machine_share_its_cores(processes, each, no_threads_chosen):
+    assert threads.set_threads(processes) == each
+
+
+def test_what_a_parent_chose_for_itself_is_chosen_anew_and_what_the_user_asks_for_is_kept(no_threads_chosen, monkeypatch):
+    assert threads.set_threads() == 8
+    assert threads.set_threads(2) == 4  # a training of two processes that a tool of one process has started
+    assert threads.set_threads(2) == 4  # and the second of them, which Lightning starts
+    monkeypatch.setenv("OMP_NUM_THREADS", "3")
+    assert threads.set_threads() == 3 and threads.set_threads(2) == 3
