@@ -25,6 +25,18 @@ class Dropout(nn.Dropout):
         return dropout(x, self.p, self.training)
 
 
+class LockedDropout(nn.Dropout):
+    """Dropout of (B, T, D) with one mask for all times of an utterance, as Gal and Ghahramani 2016 (arXiv 1512.05287).
+
+    A recurrent layer averages over the frames what is drawn anew for each of them; this it cannot.
+    """
+
+    def forward(self, x_BTD: Tensor) -> Tensor:
+        if not self.training or self.p == 0.0:
+            return x_BTD
+        return x_BTD * F.dropout(x_BTD.new_ones(x_BTD.shape[0], 1, x_BTD.shape[2]), self.p)
+
+
 def add_branch(x: Tensor, branch: Tensor, p: float, training: bool, weight: float = 1.0) -> Tensor:
     """The residual ``x + weight * dropout(branch)``, without a pass over memory for each of its parts on CPU."""
     if not training or p == 0.0 or not _slow(x):

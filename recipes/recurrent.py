@@ -18,6 +18,7 @@ from nemo.core.neural_types import AcousticEncodedRepresentation, LengthsType, N
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from recipes.dropout import dropout
 from recipes.lengths import valid_mask
 from recipes.moments import masked_moments
 from recipes.recurrent_cpu import recurrence
@@ -159,6 +160,8 @@ class RecurrentLayer(nn.Module):
         bidirectional: both directions.
         merge: ``sum`` of the directions (both papers) or ``concat``.
         init: ``stable`` (see ``_initialise``) or ``torch`` (torch's own uniform one).
+        dropout: share of the recurrent weights that is left out in training, anew for each batch (DropConnect, as
+            Merity et al. 2017, arXiv 1708.02182).
     """
 
     def __init__(
@@ -169,10 +172,12 @@ class RecurrentLayer(nn.Module):
         bidirectional: bool = True,
         merge: str = "sum",
         init: str = "stable",
+        dropout: float = 0.0,
     ):
         super().__init__()
         one_of("rnn_type", rnn_type, RNN_TYPES)
         one_of("merge", merge, MERGES)
+        self.dropout = dropout
         self.rnn_type, self.bidirectional, self.merge = rnn_type, bidirectional, merge
         self.output_size = hidden_size * (2 if bidirectional and merge == "concat" else 1)
 
@@ -195,8 +200,7 @@ class RecurrentLayer(nn.Module):
         fused = self.rnn_type == "lstm" and not torch.is_autocast_enabled("cpu")
         traced = torch.jit.is_tracing() or torch.compiler.is_compiling()
         if x_BTD.device.type == "cpu" and not fused and not traced:
-            weights = [(d.weight_ih_l0, d.weight_hh_l0, d.bias_ih_l0, d.bias_hh_l0) for d in directions]
-            ys = recurrence(self.rnn_type, x_BTD, mask_BT, weights)
+            ys = recurrence(self.rnn_type, x_BTD, mask_BT, [self._weights(rnn) for rnn in directions])
         elif x_BTD.is_cuda:
             # Autocast's recurrence is in float16 even where bfloat16 was asked for, and nothing scales the loss for it.
             with torch.autocast("cuda", enabled=False):
@@ -208,7 +212,7 @@ class RecurrentLayer(nn.Module):
 
     def _torch_recurrence(self, x_BTD: Tensor, lengths_B: Tensor) -> list[Tensor]:
         """The same by torch's own layers: for CUDA (one cuDNN call a direction) and for export."""
-        ys = [self.ahead(x_BTD)[0]]
+        ys = [self._states(self.ahead, x_BTD)]
         if self.back is not None:
             B, T, _ = x_BTD.shape
             rows = (reverse_index(lengths_B, T) + torch.arange(B, device=x_BTD.device)[:, None] * T).reshape(-1)
@@ -216,8 +220,21 @@ class RecurrentLayer(nn.Module):
             def reverse(z: Tensor) -> Tensor:
                 return z.reshape(B * T, -1).index_select(0, rows).reshape(B, T, -1)
 
-            ys.append(reverse(self.back(reverse(x_BTD))[0]))
+            ys.append(reverse(self._states(self.back, reverse(x_BTD))))
         return ys
+
+    def _weights(self, rnn: nn.RNNBase) -> tuple[Tensor, ...]:
+        w_hh = dropout(rnn.weight_hh_l0, self.dropout, self.training)
+        return rnn.weight_ih_l0, w_hh, rnn.bias_ih_l0, rnn.bias_hh_l0
+
+    def _states(self, rnn: nn.RNNBase, x_BTD: Tensor) -> Tensor:
+        if not self.training or self.dropout == 0.0:
+            return rnn(x_BTD)[0]
+        # as the layer's own forward calls it, with other recurrent weights
+        run = getattr(torch._VF, self.rnn_type if self.rnn_type in ("gru", "lstm") else f"rnn_{self.rnn_type}")
+        zeros = x_BTD.new_zeros(1, x_BTD.shape[0], rnn.hidden_size)
+        start = (zeros, zeros) if self.rnn_type == "lstm" else zeros
+        return run(x_BTD, start, list(self._weights(rnn)), True, 1, 0.0, True, False, True)[0]
 
 
 @torch.no_grad()

@@ -14,7 +14,7 @@ from nemo.core.classes.common import typecheck
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from recipes.dropout import Dropout
+from recipes.dropout import Dropout, LockedDropout
 from recipes.intermediate import layers_to_capture, leave_captured
 from recipes.lengths import conv_out_length, valid_mask
 from recipes.recurrent import (
@@ -104,6 +104,8 @@ class DeepSpeech2Encoder(CTCEncoder):
         residual: what enters a recurrent layer, before its normalisation, is added to what leaves it, as in AlgoPerf's
             DeepSpeech (all layers but the first, whose input is of another size).
         dropout: between layers, in training.
+        locked_dropout: the same of an utterance's units are left out at all its times.
+        dropout_recurrent: share of the recurrent weights left out, see ``RecurrentLayer``.
         look_ahead: future frames of the row convolution, only where ``bidirectional`` is False.
         feat_out: size of a last clipped-ReLU projection, 0 for none.
 
@@ -126,6 +128,8 @@ class DeepSpeech2Encoder(CTCEncoder):
         rnn_norm: str = "batch",
         residual: bool = False,
         dropout: float = 0.1,
+        locked_dropout: bool = False,
+        dropout_recurrent: float = 0.0,
         look_ahead: int = 0,
         feat_out: int = 0,
     ):
@@ -138,8 +142,9 @@ class DeepSpeech2Encoder(CTCEncoder):
         at_least(0, look_ahead=look_ahead, feat_out=feat_out)
         if not conv_channels or min(conv_channels) < 1:
             raise ValueError(f"conv_channels={conv_channels!r}: needs at least one layer, each of at least one channel")
-        if not 0.0 <= dropout < 1.0:
-            raise ValueError(f"dropout={dropout!r}: must be at least 0 and below 1")
+        for name, value in {"dropout": dropout, "dropout_recurrent": dropout_recurrent}.items():
+            if not 0.0 <= value < 1.0:
+                raise ValueError(f"{name}={value!r}: must be at least 0 and below 1")
         if look_ahead and bidirectional:
             raise ValueError(f"look_ahead={look_ahead!r} needs bidirectional=False: no need of it otherwise")
         kernels = _pairs("conv_kernels", conv_kernels, len(conv_channels))
@@ -161,14 +166,16 @@ class DeepSpeech2Encoder(CTCEncoder):
         for i in range(rnn_layers):
             # the front end is normalised already
             self.norms.append(SequenceNorm(rnn_norm if i else "none", size))
-            self.rnns.append(RecurrentLayer(size, rnn_hidden, rnn_type, bidirectional, merge))
+            self.rnns.append(RecurrentLayer(
+                size, rnn_hidden, rnn_type, bidirectional, merge, dropout=dropout_recurrent
+            ))
             size = self.rnns[-1].output_size
         self.residual = residual
         self.look_ahead = LookAhead(size, look_ahead) if look_ahead else None
         self.out_norm = SequenceNorm(rnn_norm, size)
         self.projection = nn.Linear(size, feat_out) if feat_out else None
         self._feat_out = feat_out or size
-        self.dropout = Dropout(dropout)
+        self.dropout = (LockedDropout if locked_dropout else Dropout)(dropout)
 
     def output_lengths(self, length):
         """Frames out for ``length`` feature frames in: int to int, int64 tensor to tensor."""

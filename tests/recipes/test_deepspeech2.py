@@ -10,6 +10,7 @@ from hypothesis import strategies as st
 
 from recipes.deepspeech2.encoder import DeepSpeech2Encoder, LookAhead
 from recipes import recurrent_cpu
+from recipes.dropout import LockedDropout
 from recipes.lengths import valid_mask
 from recipes.recurrent import RNN_TYPES, RecurrentLayer, SequenceBatchNorm, SequenceNorm
 from recipes.recurrent_cpu import recurrence
@@ -32,6 +33,7 @@ VARIANTS = {
     "lstm, concatenated, projected": dict(rnn_type="lstm", merge="concat", feat_out=10),
     "streaming": dict(bidirectional=False, look_ahead=3, rnn_norm="layer"),
     "paper kernels": dict(conv_kernels=((9, 11), (5, 11)), conv_strides=((2, 2), (2, 1)), rnn_type="relu"),
+    "dropouts of recurrent layers": dict(dropout=0.1, locked_dropout=True, dropout_recurrent=0.2, rnn_norm="layer"),
     "residual": dict(rnn_layers=3, residual=True, rnn_norm="layer"),
     "three convs for BPE": dict(
         conv_channels=(4, 4, 4), conv_kernels=((3, 3),) * 3, conv_strides=((2, 2),) * 3, rnn_type="tanh"
@@ -96,6 +98,7 @@ def test_full_size_is_that_of_the_paper():
         (dict(conv_norm=None), "conv_norm=None is not known"),
         (dict(merge="max"), "merge='max' is not known, use one of: sum, concat"),
         (dict(dropout=1.0), "dropout=1.0"),
+        (dict(dropout_recurrent=-0.1), "dropout_recurrent=-0.1: must be at least 0 and below 1"),
         (dict(rnn_layers=0), "rnn_layers=0: must be at least 1"),
         (dict(conv_channels=()), "conv_channels="),
         (dict(conv_kernels=((4, 3), (3, 3))), "must be odd"),
@@ -146,6 +149,37 @@ def test_cpu_recurrence_equals_torch_in_values_and_gradients(rnn_type, bidirecti
         results.append([y, x.grad, *(p.grad for p in layer.parameters())])
         x.grad = None
     torch.testing.assert_close(*results, atol=1e-12, rtol=1e-9)
+
+
+@pytest.mark.parametrize("rnn_type", RNN_TYPES)
+def test_recurrent_dropout_leaves_out_the_same_weights_at_all_times_on_both_paths(rnn_type):
+    layer = RecurrentLayer(6, 5, rnn_type, dropout=0.5, init="torch").double().train()
+    x, lengths = torch.randn(3, 9, 6, dtype=torch.double), torch.tensor([9, 6, 1])
+    mask = valid_mask(lengths, 9)
+    results = []
+    for run in (lambda: recurrence(rnn_type, x, mask, [layer._weights(layer.ahead), layer._weights(layer.back)]),
+                lambda: layer._torch_recurrence(x, lengths)):
+        layer.zero_grad()
+        torch.manual_seed(1)
+        y = torch.stack(run()).masked_fill(~mask[..., None], 0.0)
+        y.square().sum().backward()
+        results.append([y.detach(), *(p.grad for p in layer.parameters())])
+    torch.testing.assert_close(*results, atol=1e-12, rtol=1e-9)
+    left_out = (results[0][2] == 0.0).float().mean()  # gradients of weight_hh_l0
+    assert list(dict(layer.named_parameters()))[1] == "ahead.weight_hh_l0" and 0.2 < left_out < 0.8
+    first, second = layer(x, lengths, mask), layer(x, lengths, mask)
+    assert not torch.equal(first, second)
+    layer.eval()
+    assert torch.equal(layer(x, lengths, mask), layer(x, lengths, mask))
+
+
+def test_locked_dropout_leaves_out_the_same_units_at_all_times():
+    y = LockedDropout(0.5)(torch.ones(8, 11, 500))
+    assert torch.equal(y, y[:, :1].expand_as(y)) and set(y.unique().tolist()) == {0.0, 2.0}
+    assert 0.45 < (y == 0).float().mean() < 0.55 and not torch.equal(y[0], y[1])
+    encoder = small(dropout=0.5, locked_dropout=True)
+    assert isinstance(encoder.dropout, LockedDropout) and not isinstance(small(dropout=0.5).dropout, LockedDropout)
+    assert torch.equal(encoder.dropout.eval()(y), y)
 
 
 @pytest.mark.skipif(not recurrent_cpu.PACKS, reason="this torch or processor has no packed products in bfloat16")
