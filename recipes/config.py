@@ -17,6 +17,7 @@ from omegaconf import DictConfig, ListConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from manifests.shards_format import COMBINED
+from recipes.processor import vector_units
 from recipes.threads import usable_cores
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -27,12 +28,8 @@ COMPUTED = {"model.train_ds.batch_duration", "model.optim.sched.warmup_steps", "
 
 
 def cpu_precision() -> str:
-    """`bf16-mixed` where this CPU multiplies in bfloat16, else `32`; Linux says so in /proc/cpuinfo."""
-    try:
-        flags = Path("/proc/cpuinfo").read_text()
-    except OSError:
-        return "32"
-    return "bf16-mixed" if "avx512_bf16" in flags or "amx_bf16" in flags else "32"
+    """`bf16-mixed` where this CPU multiplies in bfloat16, else `32`."""
+    return "bf16-mixed" if vector_units() in ("AMX", "AVX512-BF16") else "32"
 
 
 def gpu_precision() -> str:

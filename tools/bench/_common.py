@@ -23,6 +23,7 @@ from typing import Any, NamedTuple
 
 from manifests.report import percentiles
 from manifests.schema import write_atomic
+from recipes.processor import processor
 from recipes.threads import give_back_memory, set_threads
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -197,7 +198,7 @@ def describe(device_text: str, threads: int) -> dict[str, Any]:
     versions = {name: _version(name) for name in ("torch", "nemo_toolkit", "lhotse", "soundfile")}
     return {
         "device": device_text,
-        "cpu": _cpu_model(),
+        "cpu": processor(),
         "cores": os.cpu_count(),
         "threads": threads,
         "python": platform.python_version(),
@@ -281,14 +282,6 @@ def _commit() -> str:
         return git("rev-parse", "--short", "HEAD") + (" with changes" if changed else "")
     except (OSError, subprocess.CalledProcessError):
         return "unknown"
-
-
-def _cpu_model() -> str:
-    try:
-        found = re.search(r"^model name\s*: (.+)$", Path("/proc/cpuinfo").read_text(), re.MULTILINE)
-    except OSError:
-        found = None
-    return found[1] if found else platform.processor() or platform.machine()
 
 
 def _version(name: str) -> str | None:

@@ -18,6 +18,7 @@ import sys
 from pathlib import Path
 
 from manifests.schema import ManifestError, read_manifest, write_atomic
+from recipes.processor import processor
 from recipes.threads import usable_cores
 from tools.report.curve import draw, read_curve
 
@@ -216,18 +217,12 @@ def hardware(folder: Path | None = None) -> str:
     where there is one."""
     if found := elsewhere(folder).get("hardware"):
         return found
-    try:
-        lines = Path("/proc/cpuinfo").read_text().splitlines()
-    except OSError:
-        lines = []
-    named = (line.split(":", 1)[1].strip() for line in lines if line.startswith("model name"))
-    model = next(named, "unknown processor")
     if shutil.which("nvidia-smi"):
         query = ["nvidia-smi", "--query-gpu=name", "--format=csv,noheader"]
         gpus = subprocess.run(query, capture_output=True, text=True)
         if gpus.returncode == 0 and gpus.stdout.strip():
             return ", ".join(gpus.stdout.split("\n")).strip(", ")
-    return f"{usable_cores()} cores of {model}"
+    return f"{usable_cores()} cores of {processor()}"
 
 
 def main(arguments: list[str] | None = None) -> int:
