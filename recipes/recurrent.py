@@ -41,6 +41,13 @@ def at_least(low: int, **values: int) -> None:
             raise ValueError(f"{name}={value!r}: must be at least {low}")
 
 
+def share_left_out(**values: float) -> None:
+    """Raise a one-line ValueError that names the first argument that is no share to leave out: below 0, or 1 and above."""
+    for name, value in values.items():
+        if not 0.0 <= value < 1.0:
+            raise ValueError(f"{name}={value!r}: must be at least 0 and below 1")
+
+
 class CTCEncoder(NeuralModule, Exportable, AccessMixin):
     """What NeMo asks of an encoder: neural types, an example input. Subclasses set ``_feat_in`` and ``_feat_out``."""
 

@@ -36,7 +36,7 @@ def set_threads(processes: int = 1) -> int:
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
     os.environ.setdefault("GOMP_SPINCOUNT", "20000")  # of GNU OpenMP, which torch's wheels bring; others pass over it
     # What a parent chose for itself is no wish of the user's: two processes of a training that the ladder starts, with as
-    # many threads each as it has cores, took ten times as long.
+    # many threads each as it has cores, took three times as long.
     if os.environ.get("OMP_NUM_THREADS") in (None, os.environ.get(CHOSEN)):
         os.environ["OMP_NUM_THREADS"] = os.environ[CHOSEN] = str(max(usable_cores() // processes, 1))
     return int(os.environ["OMP_NUM_THREADS"].split(",")[0])

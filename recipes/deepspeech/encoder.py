@@ -23,6 +23,7 @@ from recipes.recurrent import (
     at_least,
     masked_input,
     one_of,
+    share_left_out,
 )
 
 INITS = ("stable", "torch")
@@ -110,8 +111,7 @@ class DeepSpeechEncoder(CTCEncoder):
         one_of("init", init, INITS)
         at_least(1, feat_in=feat_in, hidden=hidden, rnn_hidden=rnn_hidden, stride=stride)
         at_least(0, context=context)
-        if not 0.0 <= dropout < 1.0:
-            raise ValueError(f"dropout={dropout!r}: must be at least 0 and below 1")
+        share_left_out(dropout=dropout)
         if not clip > 0:
             raise ValueError(f"clip={clip!r}: must be above 0")
 

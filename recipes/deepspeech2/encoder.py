@@ -27,6 +27,7 @@ from recipes.recurrent import (
     at_least,
     masked_input,
     one_of,
+    share_left_out,
 )
 
 
@@ -142,9 +143,7 @@ class DeepSpeech2Encoder(CTCEncoder):
         at_least(0, look_ahead=look_ahead, feat_out=feat_out)
         if not conv_channels or min(conv_channels) < 1:
             raise ValueError(f"conv_channels={conv_channels!r}: needs at least one layer, each of at least one channel")
-        for name, value in {"dropout": dropout, "dropout_recurrent": dropout_recurrent}.items():
-            if not 0.0 <= value < 1.0:
-                raise ValueError(f"{name}={value!r}: must be at least 0 and below 1")
+        share_left_out(dropout=dropout, dropout_recurrent=dropout_recurrent)
         if look_ahead and bidirectional:
             raise ValueError(f"look_ahead={look_ahead!r} needs bidirectional=False: no need of it otherwise")
         kernels = _pairs("conv_kernels", conv_kernels, len(conv_channels))

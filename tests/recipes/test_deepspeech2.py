@@ -119,7 +119,7 @@ def test_bad_arguments_are_named_in_one_line(kwargs, named):
 
 def directions(layer):
     both = [layer.ahead] + ([layer.back] if layer.back is not None else [])
-    return [(d.weight_ih_l0, d.weight_hh_l0, d.bias_ih_l0, d.bias_hh_l0) for d in both]
+    return [layer._weights(rnn) for rnn in both]
 
 
 @pytest.fixture(params=[1, 2], ids=["one thread", "two threads"])
@@ -157,8 +157,7 @@ def test_recurrent_dropout_leaves_out_the_same_weights_at_all_times_on_both_path
     x, lengths = torch.randn(3, 9, 6, dtype=torch.double), torch.tensor([9, 6, 1])
     mask = valid_mask(lengths, 9)
     results = []
-    for run in (lambda: recurrence(rnn_type, x, mask, [layer._weights(layer.ahead), layer._weights(layer.back)]),
-                lambda: layer._torch_recurrence(x, lengths)):
+    for run in (lambda: recurrence(rnn_type, x, mask, directions(layer)), lambda: layer._torch_recurrence(x, lengths)):
         layer.zero_grad()
         torch.manual_seed(1)
         y = torch.stack(run()).masked_fill(~mask[..., None], 0.0)
